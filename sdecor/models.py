@@ -1,0 +1,254 @@
+"""Image classifiers, and the names of the layers whose features the method looks at.
+
+Every model is an ordinary `nn.Module`; none is changed by the method, and no weights are fetched. Seed torch before
+`build` for a reproducible initialization.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODELS = ("lenet", "cnn_bn", "resnet18", "vgg11_bn", "vit")
+
+
+class LeNet(nn.Module):
+    """LeNet-5 with its widths rounded to multiples of eight, so that groups of 16 divide the features.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        image_size: height and width of the images in pixels, at least 12.
+
+    Source: LeCun et al. 1998, doi:10.1109/5.726791.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        _at_least("lenet", image_size, 12)
+        side = (image_size // 2 - 4) // 2
+        self.conv1 = nn.Conv2d(in_channels, 8, 5, padding=2)
+        self.conv2 = nn.Conv2d(8, 16, 5)
+        self.fc1 = nn.Linear(16 * side * side, 128)
+        self.fc2 = nn.Linear(128, 80)
+        self.fc3 = nn.Linear(80, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, K)."""
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # the same as pooling last, on a quarter of the numbers
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.fc1(x.flatten(1)))
+        x = F.relu(self.fc2(x))
+        logits: Tensor = self.fc3(x)
+        return logits
+
+
+def _cnn_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    _at_least("cnn_bn", image_size, 8)
+    parts: dict[str, nn.Module] = {}
+    for i, (before, width) in enumerate(pairwise((in_channels, 32, 64, 128)), start=1):
+        parts[f"conv{i}"] = nn.Conv2d(before, width, 3, padding=1, bias=False)
+        parts[f"bn{i}"] = nn.BatchNorm2d(width)
+        parts[f"relu{i}"] = nn.ReLU()
+        parts[f"pool{i}"] = nn.MaxPool2d(2) if i < 3 else nn.AdaptiveAvgPool2d(1)
+    parts |= {"flatten": nn.Flatten(), "fc1": nn.Linear(128, 128), "relu4": nn.ReLU()}
+    return nn.Sequential(OrderedDict(parts, fc2=nn.Linear(128, num_classes)))
+
+
+def _resnet18(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    from torchvision.models import resnet18
+
+    _at_least("resnet18", image_size, 8)
+    model: nn.Module = resnet18(weights=None, num_classes=num_classes)
+    stem = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    if image_size <= 64:  # the ImageNet stem would leave a 32 px image with one position in the last block
+        stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = stem
+    return model
+
+
+def _vgg11_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    from torchvision.models.vgg import cfgs, make_layers  # vgg11_bn() would first make a head of 120 million weights
+
+    _at_least("vgg11_bn", image_size, 32)
+    features: nn.Sequential = make_layers(cfgs["A"], batch_norm=True)
+    features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, num_classes))
+    parts = {"features": features, "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": head}
+    return nn.Sequential(OrderedDict(parts))
+
+
+def _vit(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    divisors = [p for p in range(2, image_size + 1) if image_size % p == 0]
+    patch = min(divisors, key=lambda p: abs(p - image_size / 8), default=1)
+    if not 4 <= image_size // patch <= 16:
+        raise ValueError(
+            f"image_size={image_size} cannot be cut into 4 to 16 patches a side for vit; a multiple of 8 works"
+        )
+    model: nn.Module = VisionTransformer(
+        image_size=image_size,
+        patch_size=patch,
+        num_layers=6,
+        num_heads=3,
+        hidden_dim=192,
+        mlp_dim=768,
+        num_classes=num_classes,
+        representation_size=128,
+    )
+    embedding = nn.Conv2d(in_channels, 192, patch, stride=patch)
+    nn.init.trunc_normal_(embedding.weight, std=(in_channels * patch * patch) ** -0.5)
+    model.conv_proj = embedding
+    # torchvision starts the head at zero, where every input gradient, hence every saliency map, is zero
+    nn.init.trunc_normal_(model.get_parameter("heads.head.weight"), std=0.02)
+    return model
+
+
+_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "lenet": LeNet,
+    "cnn_bn": _cnn_bn,
+    "resnet18": _resnet18,
+    "vgg11_bn": _vgg11_bn,
+    "vit": _vit,
+}
+
+
+def build(name: str, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    """Build a freshly initialized classifier from images (B, C, H, W) to logits (B, K).
+
+    Args:
+        name: one of `MODELS`, or `"package.module:factory"` for one's own: a callable that takes `in_channels`,
+            `num_classes` and `image_size` (in this order) and returns an `nn.Module`.
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        image_size: height and width of the images in pixels.
+
+    Returns:
+        The model in train mode, on the CPU. In-place activations are turned off, since hooks and input gradients
+        need the values that they would overwrite.
+
+    Raises:
+        ValueError: unknown name, a number below one, an image too small for the model, or a factory that cannot be
+            found.
+        TypeError: the factory is not callable or returns something else than an `nn.Module`.
+
+    Example:
+        >>> import torch
+        >>> model = build("lenet", in_channels=1, num_classes=10, image_size=28)
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    for argument, value in (("in_channels", in_channels), ("num_classes", num_classes), ("image_size", image_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be a positive whole number, got {value!r}")
+    if ":" in name:
+        model = _factory(name)(in_channels, num_classes, image_size)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model {name!r} must return an nn.Module, it returned {type(model).__name__}")
+    elif name in _BUILDERS:
+        model = _BUILDERS[name](in_channels, num_classes, image_size)
+    else:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}, or package.module:factory")
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return model
+
+
+def layer(model: nn.Module, name: str) -> nn.Module:
+    """Look a layer up by its name in `named_modules()`.
+
+    Raises:
+        ValueError: the model has no such layer; the message lists those it has.
+
+    Example:
+        >>> layer(build("lenet", 1, 10, 28), "fc3").out_features
+        10
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if not name or name not in modules:
+        raise ValueError(f"unknown layer {name!r}; this model has: {', '.join(n for n in modules if n)}")
+    return modules[name]
+
+
+def default_layers(model: nn.Module) -> tuple[str, ...]:
+    """Name the layers to decorrelate: the last convolution and the penultimate linear layer, in this order.
+
+    The outputs of both are taken before normalization and nonlinearity. The rule goes by the order in which modules
+    are defined, and works on any `nn.Module`:
+
+    - the head is the last `nn.Linear`, or without one the last `nn.Conv2d`;
+    - the convolution is the last `nn.Conv2d` before the head; a patch embedding (kernel as large as the stride,
+      larger than one) is none;
+    - the linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
+      them; otherwise the last 2-D average or maximum pooling to one position after that convolution (`avgpool` of a
+      residual network), whose flattened output feeds the head; otherwise none.
+
+    Raises:
+        ValueError: neither is found.
+
+    Example:
+        >>> default_layers(build("lenet", 1, 10, 28))
+        ('conv2', 'fc2')
+    """
+    modules = list(model.named_modules())
+    kinds = [module for _, module in modules]
+    head = _last(kinds, lambda m: isinstance(m, nn.Linear))
+    if head < 0:
+        head = _last(kinds, lambda m: isinstance(m, nn.Conv2d))
+    body = kinds[: max(head, 0)]
+    conv = _last(body, lambda m: isinstance(m, nn.Conv2d) and not 1 < m.kernel_size[0] == m.stride[0])
+    linear = _last(body, lambda m: isinstance(m, nn.Linear))
+    if linear < _last(body, lambda m: isinstance(m, nn.Conv2d | nn.MultiheadAttention | nn.LayerNorm)):
+        pool = _last(body, _pools_to_one)
+        linear = pool if pool > conv else -1
+    found = tuple(modules[i][0] for i in (conv, linear) if i >= 0)
+    if not found:
+        names = ", ".join(name for name, _ in modules if name)
+        raise ValueError(f"no default layers found in {type(model).__name__}; pass layers=, some of: {names}")
+    return found
+
+
+def _last(modules: list[nn.Module], wanted: Callable[[nn.Module], bool]) -> int:
+    return max((i for i, module in enumerate(modules) if wanted(module)), default=-1)
+
+
+def _pools_to_one(module: nn.Module) -> bool:
+    return isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) and module.output_size in (1, (1, 1))
+
+
+def _at_least(name: str, image_size: int, smallest: int) -> None:
+    if image_size < smallest:
+        raise ValueError(f"image_size={image_size} is too small for {name}, which needs at least {smallest}")
+
+
+def _factory(name: str) -> Callable[..., object]:
+    module_name, _, attribute = name.partition(":")
+    if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"model {name!r} is not of the form package.module:factory")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # a missing import inside the user's own module is the user's to see as it is
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(f"model {name!r}: no module {module_name!r}; install it or put it on PYTHONPATH") from None
+    factory: object = getattr(module, attribute, None)
+    if factory is None:
+        raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}")
+    if not callable(factory):
+        raise TypeError(f"model {name!r} must name a callable, it names a {type(factory).__name__}")
+    return factory

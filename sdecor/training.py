@@ -1,0 +1,269 @@
+"""Training and evaluation of one model: seeded, resumable after a kill at any moment, loud when a loss is not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from sdecor.data import ImageData, ImageStream
+from sdecor._files import replace_atomically, set_aside
+from sdecor.models import default_layers
+from sdecor.objective import Objective, Terms, capture, losses
+from sdecor.saliency import frozen_eval
+
+log = logging.getLogger("sdecor")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Args:
+        epochs: Passes over the training data.
+        batch_size: Images per step; a last smaller batch is dropped when there is a full one.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Of AdamW.
+        shape: ``cosine`` (5 % linear warm-up, then half a cosine to 0) or ``constant``.
+        clip: Largest norm of the parameter gradient; None to leave it.
+        augment: Random shifts and flips of the training images (see `sdecor.data.ImageData.batches`).
+
+    Raises:
+        ValueError: If a value is impossible.
+    """
+
+    epochs: int = 8
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    shape: str = "cosine"
+    clip: float | None = 5.0
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject impossible settings by name."""
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be finite and positive, got {self.lr}")
+        if self.shape not in SCHEDULES:
+            raise ValueError(f"unknown schedule '{self.shape}'; known: {', '.join(SCHEDULES)}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate at `step` of `steps`."""
+        if self.shape == "constant":
+            return self.lr
+        warm = max(1, round(0.05 * steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@dataclass
+class History:
+    """Curves of a run, one entry an epoch: mean of each loss term, validation accuracy (if asked for), seconds."""
+
+    terms: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in Terms._fields})
+    validation_accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        ValueError: If ``cuda`` is asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device='{name}' was asked for, but torch {torch.__version__} finds no CUDA GPU; use device='cpu'")
+    return device
+
+
+def _check(steps: list[Tensor], first: int) -> None:
+    """Raise if a term of the buffered steps is not finite; the first such step is named."""
+    values = torch.stack(steps)
+    if not bool(torch.isfinite(values).all()):
+        step, term = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
+        raise FloatingPointError(
+            f"loss term '{Terms._fields[term]}' became {float(values[step, term])} at step {first + step}; "
+            "lower lr or the weight of that term"
+        )
+
+
+def _saved_state(path: Path | None) -> dict[str, Any] | None:
+    """State of an earlier `fit`, or None; an unreadable file is set aside and said so."""
+    if path is None or not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"model", "optimizer", "epoch", "history"} - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
+    except (RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        aside = set_aside(path)
+        log.warning("checkpoint %s is not readable (%s); set aside as %s, training starts over", path, error, aside.name)
+        return None
+
+
+def fit(
+    model: nn.Module,
+    train: ImageData | ImageStream,
+    objective: Objective,
+    schedule: Schedule | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    validation: ImageData | ImageStream | None = None,
+    checkpoint: Path | None = None,
+    amp: bool = False,
+    compiled: bool = False,
+    progress: bool | None = None,
+    after_epoch: Callable[[int, History], None] | None = None,
+) -> History:
+    """Train `model` in place.
+
+    Every epoch draws its order, masks and dropout from a seed made of `seed` and its number. So a run that was killed
+    continues from the last finished epoch with the same bits as one that was not (on the CPU, same number of threads).
+
+    Args:
+        model: Classifier; moved to `device`.
+        train: Training images.
+        objective: Terms and weights.
+        schedule: Length, batch size, learning rate.
+        seed: Of everything random here. The initialization of `model` is the caller's.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        validation: Images whose accuracy is measured after each epoch.
+        checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so.
+        amp: bfloat16 autocast; whitening and all losses stay in float32.
+        compiled: Run the model through ``torch.compile``.
+        progress: Show a bar; None shows it on a terminal only.
+        after_epoch: Called with the number of finished epochs and the history.
+
+    Returns:
+        The curves.
+
+    Raises:
+        ValueError: If the device is absent, a layer is unknown, or labels do not fit the logits.
+        FloatingPointError: If a loss term is not finite; names the term and the step.
+    """
+    plan = schedule or Schedule()
+    where = device_of(device)
+    state = _saved_state(checkpoint)
+    model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so, on CPUs too
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay)
+    done, history = 0, History()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, history = state["epoch"], History(**state["history"])
+    drop_last = len(train) >= plan.batch_size
+    steps_per_epoch = len(train) // plan.batch_size if drop_last else 1
+    layers = (objective.layers or default_layers(model)) if objective.lambda_d > 0 else ()
+    data = train.to(where) if isinstance(train, ImageData) else train
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
+        features = stack.enter_context(capture(model, layers))
+        forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+        bar = stack.enter_context(
+            tqdm(total=plan.epochs * steps_per_epoch, initial=done * steps_per_epoch, unit="step", leave=False)
+            if progress
+            else tqdm(total=plan.epochs * steps_per_epoch, disable=True if progress is False else None, leave=False)
+        )
+        for epoch in range(done, plan.epochs):
+            started = time.perf_counter()
+            draw = torch.manual_seed(seed * 1_000_003 + epoch).initial_seed()
+            order = torch.Generator().manual_seed(draw)
+            noise = torch.Generator(where).manual_seed(draw + 500_009)
+            model.train()
+            buffer: list[Tensor] = []
+            total = torch.zeros(len(Terms._fields), dtype=torch.float64)
+            step = 0
+            for x, y in data.batches(
+                plan.batch_size, shuffle=True, generator=order, augment=plan.augment, drop_last=drop_last
+            ):
+                x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.rate(epoch * steps_per_epoch + step, plan.epochs * steps_per_epoch)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(where.type, torch.bfloat16, enabled=amp):
+                    terms = losses(forward, x, y, objective, generator=noise, features=features if layers else None)
+                terms.total.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+                if plan.clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, plan.clip)
+                optimizer.step()
+                buffer.append(torch.stack([t.detach() for t in terms]))
+                step += 1
+                bar.update()
+                if len(buffer) == 50 or where.type == "cpu":
+                    total += _flush(buffer, epoch * steps_per_epoch + step)
+            total += _flush(buffer, epoch * steps_per_epoch + step)
+            for name, value in zip(Terms._fields, total / step, strict=True):
+                history.terms[name].append(float(value))
+            if validation is not None:
+                history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
+            history.seconds.append(time.perf_counter() - started)
+            bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
+            if checkpoint is not None:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "epoch": epoch + 1,
+                    "history": vars(history),
+                }
+                replace_atomically(checkpoint, lambda f, state=state: torch.save(state, f))
+            if after_epoch is not None:
+                after_epoch(epoch + 1, history)
+    return history
+
+
+def _flush(buffer: list[Tensor], end: int) -> Tensor:
+    """Sum of the buffered steps, after checking them; empties the buffer. `end` is the number of steps so far."""
+    if not buffer:
+        return torch.zeros(len(Terms._fields), dtype=torch.float64)
+    _check(buffer, end - len(buffer))
+    summed = torch.stack(buffer).double().sum(0).cpu()
+    buffer.clear()
+    return summed
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 1000, device: str = "cpu") -> dict[str, float]:
+    """Accuracy and cross-entropy on `data`, in evaluation mode; the model's flags are restored.
+
+    Returns:
+        ``{"accuracy": share in [0, 1], "cross_entropy": nats}``.
+
+    Raises:
+        ValueError: If `data` is empty or the device is absent.
+    """
+    where = device_of(device)
+    if len(data) == 0:
+        raise ValueError("data holds no images to evaluate on")
+    right, loss = 0.0, 0.0
+    with frozen_eval(model):
+        for x, y in data.batches(batch_size):
+            logits = model(x.to(where)).float()
+            y = y.to(where)
+            right += float((logits.argmax(1) == y).sum())
+            loss += float(cross_entropy(logits, y, reduction="sum"))
+    return {"accuracy": right / len(data), "cross_entropy": loss / len(data)}
+
+
+__all__ = ["SCHEDULES", "History", "Schedule", "device_of", "evaluate", "fit"]
