@@ -1,11 +1,14 @@
-"""Files that are either whole or absent, whatever happens while they are written."""
+"""Files that are either whole or absent, whatever happens while they are written, and locks between processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -38,5 +41,23 @@ def set_aside(path: Path) -> Path:
     while aside.exists():
         n += 1
         aside = path.with_name(f"{path.name}.corrupt{n}")
-    path.rename(aside)
+    with suppress(FileNotFoundError):  # another process was quicker
+        path.rename(aside)
     return aside
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of that name, which dies with its process; yields False if it is taken and `wait` is off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)  # safe: who waits on the old file sees that it lost its name, and opens anew
+        held.release()

@@ -1,9 +1,9 @@
 """Lets torchvision be imported beside a torch that its compiled part was not built for.
 
-The Linux wheel of torchvision on the Python package index is built for CUDA. Beside a CPU-only torch its C++ extension does
-not load, so the operators ``torchvision::nms`` and ``torchvision::qnms`` do not exist, and ``import torchvision`` fails where
-it registers their shapes, though data sets, transforms and models need neither. Declaring both mends the import. Where the
-extension does load, nothing is declared and the real operators stay as they are.
+The Linux wheel of torchvision on the Python package index is built for CUDA. Beside a CPU-only torch its C++ extension
+does not load, so the operators ``torchvision::nms`` and ``torchvision::qnms`` do not exist, and ``import torchvision``
+fails where it registers their shapes, though data sets, transforms and models need neither. Declaring both mends the
+import. Where the extension does load, nothing is declared and the real operators stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _declared: list[object] = []  # torch forgets an operator together with the Libr
 
 
 def declare_missing_operators(folder: Path) -> None:
-    """Declare the operators that the extension in torchvision's `folder` fails to provide, by the test torchvision uses."""
+    """Declare the operators that the extension in torchvision's `folder` fails to provide, found out as it does."""
     import torch
 
     for extension in folder.glob("_C*.so"):
@@ -40,7 +40,7 @@ def declare_missing_operators(folder: Path) -> None:
 
 
 class _BeforeTorchvision(MetaPathFinder):
-    """Finds nothing itself: it acts when torchvision is looked for, so that ``import sdecor`` alone imports no torch."""
+    """Finds nothing: it acts when torchvision is looked for, so that ``import sdecor`` alone imports no torch."""
 
     done = False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from sdecor.whitening import covariance, full_precision, grouped, inverse_sqrt
+from sdecor.whitening import covariance, full_precision, grouped, whitening_matrix
 
 _VARIANCE_FLOOR = 1e-8  # below it a channel counts as constant: it correlates with nothing
 
@@ -38,8 +38,7 @@ def _zca(x: Tensor) -> Tensor:
     mean, cov = covariance(x)
     centred = x - mean
     with torch.no_grad():
-        w = inverse_sqrt(cov + 1e-5 * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device))
-        white = centred @ w.mT
+        white = centred @ whitening_matrix(cov).mT
     return (centred - white).square().mean()
 
 

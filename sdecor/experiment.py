@@ -11,19 +11,18 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 import sdecor
-from sdecor._files import replace_atomically, set_aside
+from sdecor._files import locked, replace_atomically, set_aside
 from sdecor.data import load
 from sdecor.measures.suite import measure
 from sdecor.models import build
@@ -85,8 +84,11 @@ class Run:
         object.__setattr__(self, "data_options", tuple(sorted((k, v) for k, v in self.data_options)))
         if self.evaluate_on not in ("val", "test"):
             raise ValueError(f"unknown evaluate_on '{self.evaluate_on}'; known: val, test")
+        for f in fields(Run):
+            if isinstance(f.default, float) and getattr(self, f.name) is not None:  # 1 and 1.0 are one description
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
         objective, _ = self.objective, self.schedule
-        unused: list[str] = []
+        unused = [] if objective.fill == "constant" else ["fill_value"]
         if objective.lambda_c == 0:
             unused += ["lambda_c", "fraction", "fill", "fill_value", "direction"]
         if objective.lambda_d == 0:
@@ -144,6 +146,24 @@ class Record:
     weights_sha256: str
 
 
+def _read(path: Path) -> Record:
+    """The record in a file, which is named by the key of its run.
+
+    Raises:
+        ValueError: If it is truncated, not a record, or of another run.
+    """
+    try:
+        values = json.loads(path.read_text())
+        record = Record(**{**values, "run": Run.from_dict(values["run"])})
+        for part in (record.metrics, record.curves, record.environment):
+            part.items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if record.run.key != path.stem:
+        raise ValueError("it describes another run")
+    return record
+
+
 class Store:
     """A folder of records and weights.
 
@@ -165,26 +185,23 @@ class Store:
         return self.root / "unfinished" / f"{run.key}.pt"
 
     def record(self, run: Run) -> Record | None:
-        """The record of `run`, or None; one that cannot be read is set aside and said so, and the run counts as not done."""
+        """The record of `run`, or None; an unreadable one is set aside and said so, and the run counts as not done."""
         path = self._path("results", run, ".json")
         try:
-            values = json.loads(path.read_text())
-            record = Record(**{**values, "run": Run.from_dict(values["run"])})
-            if record.run != run:
-                raise ValueError("it describes another run")
-            return record
+            return _read(path)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             log.warning("record %s is not readable (%s); set aside as %s", path, error, set_aside(path).name)
             return None
 
     def records(self) -> Iterator[Record]:
-        """All readable records, in order of file name."""
+        """All readable records, in order of file name; the others are named in a warning and left where they are."""
         for path in sorted(self.root.glob("results/*/*.json")):
-            run = Run.from_dict(json.loads(path.read_text())["run"])
-            if (record := self.record(run)) is not None:
-                yield record
+            try:
+                yield _read(path)
+            except ValueError as error:
+                log.warning("record %s is not readable (%s); left out", path, error)
 
     def model(self, run: Run, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
         """The trained model of a finished run, in evaluation mode.
@@ -195,7 +212,7 @@ class Store:
         """
         record, path = self.record(run), self._path("weights", run, ".safetensors")
         if record is None or not path.exists():
-            raise FileNotFoundError(f"no trained weights for {run.method}, seed {run.seed}: {path} or its record is absent")
+            raise FileNotFoundError(f"no weights of {run.method}, seed {run.seed}: {path} or its record is absent")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record.weights_sha256:
             raise ValueError(f"{path} is not the file that its record describes; delete both to train again")
@@ -203,40 +220,22 @@ class Store:
         model.load_state_dict(safetensors.torch.load(content))
         return model.eval()
 
-    @contextmanager
-    def lock(self, run: Run, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the right to work on `run`, against other processes too; yields False if it is taken and `wait` is off."""
-        path = self.checkpoint(run).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path)
-        try:
-            held.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)  # safe: who waits on the old file sees that it lost its name, and opens anew
-            held.release()
-
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, threads, versions, commit and date of work done now."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.check_output(describe, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        commit = "unknown"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sdecor": sdecor.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
@@ -267,65 +266,49 @@ def execute(
     Returns:
         The record; None only if another process is at it and `wait` is off.
     """
-    if (record := store.record(run)) is not None:
+    checkpoint = store.checkpoint(run)
+    record = store.record(run)
+    if record is not None and not any(checkpoint.parent.glob(f"{run.key}.*")):
         return record
-    with store.lock(run, wait=wait) as mine:
+    with locked(checkpoint.with_suffix(".lock"), wait=wait) as mine:
         if not mine:
-            return None
-        if (record := store.record(run)) is not None:  # somebody finished it while we waited
             return record
-        where = device_of(device)
-        started = time.perf_counter()
+        if (record := store.record(run)) is not None:  # finished by others while we waited, or killed when tidying up
+            checkpoint.unlink(missing_ok=True)
+            return record
+        where, started = device_of(device), time.perf_counter()
         options = dict(run.data_options)
         train = load(run.data, root, "train", limit=run.limit, **options)
         held_out = load(run.data, root, run.evaluate_on, **options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             model = build(run.model, train.channels, train.num_classes, train.image_size)
-        checkpoint = store.checkpoint(run)
-        history = fit(
-            model,
-            train,
-            run.objective,
-            run.schedule,
-            seed=run.seed,
-            device=device,
-            checkpoint=checkpoint,
-            amp=amp,
-            compiled=compiled,
-            progress=progress,
-        )
+        how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
+        history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=checkpoint, **how)
         final = run.evaluate_on == "test"  # choices need no curves
         metrics, curves = measure(model, held_out, layers=run.layers, device=where, masking=final)
-        model.cpu()
-        content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
+        weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+        content = safetensors.torch.save(weights)
+        took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
+        seconds = {name: round(value, 1) for name, value in took.items()}
         record = Record(
             run=run,
             metrics=metrics,
             curves={**{f"loss_{k}": v for k, v in history.terms.items()}, **curves},
-            environment={
-                **environment(where),
-                "training_seconds": round(sum(history.seconds), 1),
-                "session_seconds": round(time.perf_counter() - started, 1),
-            },
+            environment={**environment(where), "amp": amp, "compiled": compiled, **seconds},
             weights_sha256=hashlib.sha256(content).hexdigest(),
         )
         replace_atomically(store._path("weights", run, ".safetensors"), lambda f: f.write(content))
-        text = json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
-        replace_atomically(store._path("results", run, ".json"), lambda f: f.write(text.encode()))
+        text = json.dumps(asdict(record), indent=1, sort_keys=True).encode() + b"\n"
+        replace_atomically(store._path("results", run, ".json"), lambda f: f.write(text))
         checkpoint.unlink(missing_ok=True)
         return record
 
 
 def grid(
-    runs: Iterable[Run],
-    store: Store,
-    *,
-    workers: int = 1,
-    threads: int | None = None,
-    **settings: Any,
+    runs: Iterable[Run], store: Store, *, workers: int = 1, threads: int | None = None, **settings: Any
 ) -> list[Record]:
-    """Do all `runs`, those already recorded excepted.
+    """Do all `runs`, those already recorded excepted, and return the records in the same order.
 
     Processes share the work by the locks of the store alone, so a second `grid` on the same store, from another shell
     or another machine with the same disk, simply helps.
@@ -338,25 +321,20 @@ def grid(
             gives the same bits.
         settings: Handed to `execute`.
 
-    Returns:
-        The records, in the order of `runs`.
-
     Raises:
         RuntimeError: If a worker failed.
     """
     todo = list(runs)
     if workers > 1:
         context = multiprocessing.get_context("spawn")
-        processes = [
-            context.Process(target=grid, args=(todo, store), kwargs={**settings, "threads": threads or 1}, daemon=True)
-            for _ in range(min(workers, len(todo)))
-        ]
+        how = {**settings, "threads": threads or 1}
+        processes = [context.Process(target=grid, args=(todo, store), kwargs=how) for _ in todo[:workers]]
         for p in processes:
             p.start()
         for p in processes:
             p.join()
         if failed := [p.exitcode for p in processes if p.exitcode]:
-            raise RuntimeError(f"{len(failed)} of {len(processes)} workers failed (exit codes {failed}); see their output")
+            raise RuntimeError(f"{len(failed)} of {len(processes)} workers failed; their output says why")
     elif threads is not None:
         torch.set_num_threads(threads)
     for run in todo:
@@ -366,5 +344,4 @@ def grid(
 
 def method_grid(seeds: Iterable[int], methods: Iterable[str] = tuple(METHODS), **settings: Any) -> list[Run]:
     """Runs of every method with every seed, all else equal."""
-    chosen = tuple(methods)
-    return [Run(method=m, seed=s, **settings) for s in seeds for m in chosen]
+    return [Run(method=m, seed=s, **settings) for s, m in product(seeds, methods)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -255,11 +256,7 @@ def _chosen(which: int | Sequence[int] | Tensor, n: int) -> Tensor:
 
 
 def side_of(path: str) -> int:
-    """Short side of an image file in pixels.
-
-    Raises:
-        ValueError: If the file is not a readable image; names it.
-    """
+    """Short side of an image file in pixels."""
     with _named(path), Image.open(path) as image:
         return min(image.size)
 
@@ -272,28 +269,30 @@ def _named(path: str) -> Iterator[None]:
         raise ValueError(f"cannot read image {path} ({type(error).__name__}); remove or replace it") from error
 
 
-def decode(path: str, size: int) -> Tensor:
-    """Read an image file as RGB, its short side resized to `size`, cropped to the centre: uint8 (3, size, size).
-
-    Raises:
-        ValueError: If the file is not a readable image; names it.
-    """
+def _decode(path: str, size: int) -> NDArray[np.uint8]:
+    """RGB, short side resized to `size`, cropped to the centre: (size, size, 3)."""
     with _named(path), Image.open(path) as image:
-        square = pil.center_crop(pil.resize(image.convert("RGB"), size), [size, size])
-    return torch.from_numpy(np.array(square)).movedim(-1, 0)
+        square = image.convert("RGB")
+        if square.size != (size, size):
+            square = pil.center_crop(pil.resize(square, size), [size, size])
+        return np.array(square)
 
 
 def decode_all(paths: Sequence[str], size: int) -> Tensor:
-    """Read many image files at once, by threads: uint8 (N, 3, size, size)."""
-    out = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    """Read image files, with one thread per core: uint8 RGB (N, 3, size, size), resized by the short side and cropped.
 
-    def fill(part: range) -> None:
-        for i in part:
-            out[i] = decode(paths[i], size)
+    Raises:
+        ValueError: If a file is not a readable image; names it.
+    """
+    out = np.empty((len(paths), size, size, 3), np.uint8)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        list(threads.map(fill, (range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64))))
-    return out
+    def fill(start: int) -> None:
+        for i in range(start, min(start + 64, len(paths))):
+            out[i] = _decode(paths[i], size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(fill, range(0, len(paths), 64)))
+    return torch.from_numpy(out).movedim(-1, 1).contiguous()
 
 
 class _Files(Dataset[Tensor]):
@@ -301,7 +300,7 @@ class _Files(Dataset[Tensor]):
         self.paths, self.size = paths, size
 
     def __getitem__(self, index: int) -> Tensor:
-        return decode(self.paths[index], self.size)
+        return torch.from_numpy(_decode(self.paths[index], self.size)).movedim(-1, 0)
 
 
 @dataclass(frozen=True, eq=False)

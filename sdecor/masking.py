@@ -13,8 +13,9 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
 
     Args:
         score: ``(B, H, W)``.
-        fraction: Share to mark, strictly between 0 and 1. Exactly ``round(fraction * H * W)`` pixels are marked, whatever
-            ties there are (a ReLU network gives many gradients of exactly 0); which of the tied ones is not specified.
+        fraction: Share to mark, strictly between 0 and 1. Exactly ``round(fraction * H * W)`` pixels are marked,
+            whatever ties there are (a ReLU network gives many gradients of exactly 0); which of the tied ones is not
+            specified.
 
     Returns:
         Boolean ``(B, H, W)``, True where a pixel is to be replaced.
@@ -34,7 +35,9 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, True).view_as(score)
 
 
-def replacement(x: Tensor, kind: str = "uniform", *, value: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+def replacement(
+    x: Tensor, kind: str = "uniform", *, value: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
     """What masked pixels are replaced with.
 
     Args:
@@ -62,7 +65,7 @@ def replacement(x: Tensor, kind: str = "uniform", *, value: float = 0.0, generat
         from torchvision.transforms.functional import gaussian_blur
 
         sigma = x.shape[-2] / 10
-        widest = min(x.shape[-2:]) - 1 + min(x.shape[-2:]) % 2  # reflection padding allows no wider kernel
+        widest = min(x.shape[-2:]) - 1 + min(x.shape[-2:]) % 2  # a kernel no wider than the image
         blurred: Tensor = gaussian_blur(x, [min(2 * round(2 * sigma) + 1, widest)] * 2, [sigma, sigma])
         return blurred
     raise ValueError(f"unknown fill '{kind}'; known: {', '.join(FILLS)}")

@@ -18,6 +18,7 @@ from sdecor.decorrelation import KINDS, decorrelation
 from sdecor.masking import FILLS, lowest, masked, replacement
 from sdecor.models import default_layers, layer
 from sdecor.saliency import SCORES, input_gradient, pixel_score
+from sdecor.whitening import GroupWhitening, full_precision
 
 DIRECTIONS = ("clean_to_masked", "detached", "symmetric")
 
@@ -42,7 +43,8 @@ class Objective:
         fraction: Share of pixels masked, in (0, 1).
         fill: ``uniform``, ``mean``, ``constant`` or ``blur`` (see `sdecor.masking.replacement`).
         fill_value: For ``constant``, in normalized units.
-        direction: ``clean_to_masked`` is KL(f(X) || f(X_masked)), ``detached`` holds f(X) fixed, ``symmetric`` averages both ways.
+        direction: ``clean_to_masked`` is KL(f(X) || f(X_masked)), ``detached`` holds f(X) fixed, ``symmetric`` averages
+            both ways.
         penalty: Form of D(Z) (see `sdecor.decorrelation.decorrelation`).
         group_size: Channels per group of D(Z); None for all.
         layers: Names as in ``named_modules()``; empty takes `sdecor.models.default_layers`.
@@ -117,14 +119,14 @@ def capture(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Ten
     """
     found: dict[str, Tensor] = {}
     handles = []
-    for name in layers:
+    for name, module in [(name, layer(model, name)) for name in layers]:  # all looked up before the first hook
 
         def keep(_m: nn.Module, _i: Any, output: Any, name: str = name) -> None:
             if not isinstance(output, Tensor):
                 raise ValueError(f"layer '{name}' returns a {type(output).__name__}; decorrelation needs a tensor")
             found[name] = output
 
-        handles.append(layer(model, name).register_forward_hook(keep))
+        handles.append(module.register_forward_hook(keep))
     try:
         yield found
     finally:
@@ -134,8 +136,9 @@ def capture(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Ten
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Let batch norm use the batch's statistics without moving its running ones, so that these describe clean images."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    """Let batch norm and `GroupWhitening` use a batch without averaging it: averages are to describe clean images."""
+    kinds = (nn.modules.batchnorm._BatchNorm, GroupWhitening)
+    norms = [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
     for m in norms:
         m.track_running_stats = False
     try:
@@ -156,7 +159,7 @@ def consistency(logits: Tensor, logits_masked: Tensor, direction: str = "clean_t
     Returns:
         Scalar >= 0.
     """
-    p, q = log_softmax(logits.float(), 1), log_softmax(logits_masked.float(), 1)
+    p, q = (log_softmax(full_precision(v), 1) for v in (logits, logits_masked))
     if direction == "detached":
         p = p.detach()
     forward = kl_div(q, p, reduction="batchmean", log_target=True)
@@ -176,7 +179,8 @@ def losses(
 ) -> Terms:
     """All terms of one step; call ``.total.backward(inputs=parameters)`` on the result.
 
-    (Naming the parameters spares the gradient with respect to the images, which nobody needs a second time.) The saliency score reuses the graph of the clean forward pass; the mask is a constant, so nothing is differentiated twice.
+    Naming the parameters spares the gradient with respect to the images, which nobody needs a second time. The saliency
+    score reuses the graph of the clean forward pass; the mask is a constant, so nothing is differentiated twice.
 
     Args:
         model: Classifier ``(B, C, H, W) -> (B, K)`` in the mode it is to be trained in.
@@ -199,13 +203,15 @@ def losses(
     if o.lambda_c > 0:
         x = x.detach().clone().requires_grad_()
     logits = model(x)
-    classification = cross_entropy(logits.float(), y)
+    classification = cross_entropy(full_precision(logits), y)
     zero = classification.new_zeros(())
     decor = change = zero
     if o.lambda_d > 0:
-        if not features:
-            raise ValueError(f"the forward pass did not reach the layers {', '.join(o.layers or default_layers(model))}")
-        penalties = [decorrelation(z, kind=o.penalty, group_size=o.group_size, layer=n) for n, z in features.items()]
+        wanted = o.layers or default_layers(getattr(model, "_orig_mod", model))  # a compiled model prefixes its names
+        reached = features or {}
+        if missed := [name for name in wanted if name not in reached]:
+            raise ValueError(f"the forward pass did not reach the layers {', '.join(missed)}")
+        penalties = [decorrelation(reached[n], kind=o.penalty, group_size=o.group_size, layer=n) for n in wanted]
         decor = torch.stack(penalties).mean()
     if o.lambda_c > 0:
         score = pixel_score(input_gradient(logits, x, y, retain_graph=True), o.score)

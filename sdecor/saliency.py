@@ -44,7 +44,8 @@ def input_gradient(logits: Tensor, x: Tensor, target: Tensor, *, retain_graph: b
         Simonyan et al. 2013 (arXiv:1312.6034).
     """
     chosen = logits.gather(1, target.unsqueeze(1)).sum()
-    return torch.autograd.grad(chosen, x, retain_graph=retain_graph)[0]
+    with torch.autocast(x.device.type, enabled=False):  # else float32 parts of the graph go backward in half precision
+        return torch.autograd.grad(chosen, x, retain_graph=retain_graph)[0]
 
 
 def pixel_score(gradient: Tensor, kind: str = "absolute") -> Tensor:

@@ -1,10 +1,11 @@
-"""Training and evaluation of one model: seeded, resumable after a kill at any moment, loud when a loss is not finite."""
+"""Training and evaluation of one model: seeded, resumable after any kill, loud when a loss is not finite."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import math
-import pickle
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from sdecor.data import ImageData, ImageStream
 from sdecor._files import replace_atomically, set_aside
+from sdecor.data import ImageData, ImageStream
 from sdecor.models import default_layers
 from sdecor.objective import Objective, Terms, capture, losses
 from sdecor.saliency import frozen_eval
@@ -59,6 +60,10 @@ class Schedule:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be finite and positive, got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, or None to leave the gradient as it is, got {self.clip}")
         if self.shape not in SCHEDULES:
             raise ValueError(f"unknown schedule '{self.shape}'; known: {', '.join(SCHEDULES)}")
 
@@ -85,13 +90,19 @@ def device_of(name: str) -> torch.device:
     """The device called `name`; ``auto`` takes a GPU if there is one.
 
     Raises:
-        ValueError: If ``cuda`` is asked for and absent.
+        ValueError: If there is no such device, or ``cuda`` is asked for and absent.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device='{name}' was asked for, but torch {torch.__version__} finds no CUDA GPU; use device='cpu'")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device '{name}'; use cpu, cuda (or cuda:0, cuda:1, ...) or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count() or 'no'} CUDA GPU"
+        raise ValueError(
+            f"device='{name}' was asked for, but torch {torch.__version__} finds {found}; use device='cpu'"
+        )
     return device
 
 
@@ -106,19 +117,36 @@ def _check(steps: list[Tensor], first: int) -> None:
         )
 
 
-def _saved_state(path: Path | None) -> dict[str, Any] | None:
-    """State of an earlier `fit`, or None; an unreadable file is set aside and said so."""
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint: SHA-256 of what follows (torch checks none of its own), then what ``torch.save`` makes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    replace_atomically(path, lambda f: f.write(hashlib.sha256(content).digest() + content))
+
+
+def _saved_state(path: Path | None, description: str) -> dict[str, Any] | None:
+    """State of an earlier `fit`, or None; a damaged file is set aside and said so."""
     if path is None or not path.exists():
         return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"model", "optimizer", "epoch", "history"} - state.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return state
-    except (RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        aside = set_aside(path)
-        log.warning("checkpoint %s is not readable (%s); set aside as %s, training starts over", path, error, aside.name)
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        aside = set_aside(path).name
+        log.warning("checkpoint %s is truncated or corrupt; set aside as %s, training starts over", path, aside)
         return None
+    state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    if state["description"] != description:
+        raise ValueError(f"checkpoint {path} is of another run, {state['description']}; delete it or name another file")
+    return state
+
+
+def _check_labels(model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    """Raise unless every label has a logit: on a GPU it would be a crash, and -100 would be skipped."""
+    with torch.no_grad(), frozen_eval(model):
+        classes = model(x[:1]).shape[1]
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must lie in 0..{classes - 1}, as the model gives {classes} logits, got {low}..{high}")
 
 
 def fit(
@@ -159,12 +187,17 @@ def fit(
         The curves.
 
     Raises:
-        ValueError: If the device is absent, a layer is unknown, or labels do not fit the logits.
+        ValueError: If there are no images, the device is absent, a layer is unknown, labels do not fit the logits, or
+            `checkpoint` is of a run with other settings.
+        OSError: If the checkpoint cannot be written; the one before it is then still there.
         FloatingPointError: If a loss term is not finite; names the term and the step.
     """
     plan = schedule or Schedule()
     where = device_of(device)
-    state = _saved_state(checkpoint)
+    if len(train) == 0:
+        raise ValueError("train holds no images to learn from")
+    description = f"{objective}, {plan}, seed={seed}, images={len(train)}"
+    state = _saved_state(checkpoint, description)
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so, on CPUs too
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay)
@@ -182,9 +215,13 @@ def fit(
         features = stack.enter_context(capture(model, layers))
         forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
         bar = stack.enter_context(
-            tqdm(total=plan.epochs * steps_per_epoch, initial=done * steps_per_epoch, unit="step", leave=False)
-            if progress
-            else tqdm(total=plan.epochs * steps_per_epoch, disable=True if progress is False else None, leave=False)
+            tqdm(
+                total=plan.epochs * steps_per_epoch,
+                initial=done * steps_per_epoch,
+                unit="step",
+                leave=False,
+                disable=None if progress is None else not progress,
+            )
         )
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
@@ -199,6 +236,8 @@ def fit(
                 plan.batch_size, shuffle=True, generator=order, augment=plan.augment, drop_last=drop_last
             ):
                 x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
+                if epoch == done and step == 0:
+                    _check_labels(model, x, train.labels)
                 for group in optimizer.param_groups:
                     group["lr"] = plan.rate(epoch * steps_per_epoch + step, plan.epochs * steps_per_epoch)
                 optimizer.zero_grad(set_to_none=True)
@@ -221,13 +260,8 @@ def fit(
             history.seconds.append(time.perf_counter() - started)
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
             if checkpoint is not None:
-                state = {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epoch": epoch + 1,
-                    "history": vars(history),
-                }
-                replace_atomically(checkpoint, lambda f, state=state: torch.save(state, f))
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+                _save(checkpoint, {**state, "history": vars(history), "description": description})
             if after_epoch is not None:
                 after_epoch(epoch + 1, history)
     return history
@@ -244,7 +278,9 @@ def _flush(buffer: list[Tensor], end: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 1000, device: str = "cpu") -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 1000, device: str = "cpu"
+) -> dict[str, float]:
     """Accuracy and cross-entropy on `data`, in evaluation mode; the model's flags are restored.
 
     Returns:

@@ -21,19 +21,20 @@ def full_precision(z: Tensor) -> Tensor:
     return z if z.dtype in (torch.float32, torch.float64) else z.float()
 
 
-def grouped(z: Tensor, group_size: int | None, *, layer: str = "features") -> Tensor:
+def grouped(z: Tensor, group_size: int | None, *, layer: str = "features", at_least: int = 2) -> Tensor:
     """View features as groups of samples.
 
     Args:
         z: Features, ``(B, C)`` or ``(B, C, H, W)``.
         group_size: Channels per group, ``g``; None puts all channels in one group.
         layer: Name used in error messages.
+        at_least: Fewest samples accepted; a covariance needs 2.
 
     Returns:
         Tensor ``(G, N, g)`` with ``N = B`` or ``B * H * W``.
 
     Raises:
-        ValueError: If `z` is neither 2-D nor 4-D, `group_size` does not divide ``C``, or there are fewer than 2 samples.
+        ValueError: If `z` is neither 2-D nor 4-D, `group_size` does not divide ``C``, or there are too few samples.
     """
     if z.ndim not in (2, 4):
         raise ValueError(
@@ -47,12 +48,12 @@ def grouped(z: Tensor, group_size: int | None, *, layer: str = "features") -> Te
             f"group_size={group_size} does not divide the {channels} channels of layer '{layer}'; use one of {fitting}"
         )
     flat = z if z.ndim == 2 else z.movedim(1, -1).flatten(0, 2)
-    if len(flat) < 2:
+    if len(flat) < at_least:
         raise ValueError(
             f"layer '{layer}' gives {len(flat)} sample of shape {tuple(z.shape)}; "
-            "a covariance needs at least 2, so use a larger batch"
+            f"a covariance needs at least {at_least}, so use a larger batch"
         )
-    return flat.unflatten(1, (channels // g, g)).transpose(0, 1)
+    return flat.reshape(len(flat), channels // g, g).transpose(0, 1)
 
 
 def ungrouped(x: Tensor, like: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ class _InverseSqrt(torch.autograd.Function):
     """S^(-1/2) by eigendecomposition, with the Daleckii-Krein derivative.
 
     Differentiating eigenvectors divides by differences of eigenvalues, which is NaN at S = I. The derivative of the
-    *function* S^(-1/2) needs sums only: dS = -U [(U' sym(G) U) * K] U' with K_ij = 1 / (r_i r_j (r_i + r_j)), r = sqrt(l).
+    *function* S^(-1/2) needs sums only: dS = -U [(U' sym(G) U) * K] U' with K_ij = 1 / (r_i r_j (r_i + r_j)) and
+    r the root of the eigenvalues.
     """
 
     @staticmethod
@@ -90,15 +92,17 @@ class _InverseSqrt(torch.autograd.Function):
         eigenvalues, u = torch.linalg.eigh(s)
         r = eigenvalues.clamp_min(torch.finfo(s.dtype).tiny).sqrt()
         ctx.save_for_backward(r, u)
-        return (u / r.unsqueeze(-2)) @ u.mT
+        root: Tensor = (u / r.unsqueeze(-2)) @ u.mT
+        return root
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         r, u = ctx.saved_tensors
         g = (grads[0] + grads[0].mT) / 2
         ri, rj = r.unsqueeze(-1), r.unsqueeze(-2)
-        return -u @ ((u.mT @ g @ u) / (ri * rj * (ri + rj))) @ u.mT
+        ds: Tensor = -u @ ((u.mT @ g @ u) / (ri * rj * (ri + rj))) @ u.mT
+        return ds
 
 
 def inverse_sqrt(s: Tensor) -> Tensor:
@@ -128,11 +132,12 @@ def newton_schulz(s: Tensor, *, iterations: int = 40, tolerance: float | None = 
     Args:
         s: Symmetric positive definite matrices ``(..., g, g)``.
         iterations: At most this many. IterNorm stops at 5, which is not white yet when the condition number is large.
-        tolerance: Stop once ``max |I - Z Y|`` is below it; None takes the square root of the dtype's precision, 0 never stops early.
+        tolerance: Stop once ``max |I - Z Y|`` is below it; None takes the square root of the dtype's precision, 0 never
+            stops early.
 
     Returns:
-        Approximation of ``s ** (-1/2)``. Each step at most multiplies a small eigenvalue of ``Z Y`` by 9/4, so a condition
-        number ``k`` needs about ``log(k) / log(9/4)`` steps before convergence turns quadratic.
+        Approximation of ``s ** (-1/2)``. Each step at most multiplies a small eigenvalue of ``Z Y`` by 9/4, so a
+        condition number ``k`` needs about ``log(k) / log(9/4)`` steps before convergence turns quadratic.
 
     Source:
         Higham (2008), section 6.7; Huang et al. 2019 (arXiv:1904.03441) for its use in whitening.
@@ -148,7 +153,8 @@ def newton_schulz(s: Tensor, *, iterations: int = 40, tolerance: float | None = 
             break
         t = identity + residual / 2
         y, z = y @ t, t @ z
-    return z / norm.sqrt()
+    out: Tensor = z / norm.sqrt()
+    return out
 
 
 def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) -> Tensor:
@@ -156,9 +162,11 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) 
 
     Args:
         cov: Covariances ``(G, g, g)``.
-        method: ``zca`` (symmetric, exact), ``newton_schulz`` (symmetric, iterated), ``pca`` (rotated to the eigenvectors,
-            whose order and sign jump between batches) or ``cholesky`` (lower triangular).
-        eps: Added to the diagonal, in squared units of the features.
+        method: ``zca`` (symmetric, exact), ``newton_schulz`` (symmetric, iterated), ``pca`` (rotated to the
+            eigenvectors, whose order and sign jump between batches, and whose gradient is NaN where eigenvalues are
+            equal) or ``cholesky`` (lower triangular).
+        eps: Added to the diagonal, in squared units of the features. Never less than the rounding error of `cov`, about
+            its trace times the dtype's precision: below that, the eigenvalues of redundant channels may be negative.
 
     Returns:
         ``W`` of shape ``(G, g, g)``; a sample is whitened as ``W (z - mean)``.
@@ -169,18 +177,20 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) 
     Source:
         Kessy, Lewin, Strimmer 2018 (doi:10.1080/00031305.2016.1277159).
     """
-    s = cov + eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    rounding = 2 * torch.finfo(cov.dtype).eps * cov.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
+    s = cov + rounding.clamp_min(eps)[..., None, None] * identity
     if method == "zca":
         return inverse_sqrt(s)
     if method == "newton_schulz":
         return newton_schulz(s)
     if method == "pca":
         eigenvalues, u = torch.linalg.eigh(s)
-        return (u / eigenvalues.sqrt().unsqueeze(-2)).mT
+        rotated: Tensor = (u / eigenvalues.sqrt().unsqueeze(-2)).mT
+        return rotated
     if method == "cholesky":
-        lower = torch.linalg.cholesky(s)
-        identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device).expand_as(s)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        triangular: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(s), identity.expand_as(s), upper=False)
+        return triangular
     raise ValueError(f"unknown whitening method '{method}'; known: {', '.join(METHODS)}")
 
 
@@ -226,17 +236,29 @@ class GroupWhitening(nn.Module):
         method: See `whitening_matrix`.
         eps: Added to the diagonal.
         momentum: Weight of the newest batch in the running statistics.
+
+    Set `track_running_stats` to False to leave the averages alone while training, as for batch norm.
+
+    Raises:
+        ValueError: If `group_size` does not divide `num_features`; on use, as `grouped` and `whitening_matrix`.
     """
 
     running_mean: Tensor
     running_covariance: Tensor
 
     def __init__(
-        self, num_features: int, group_size: int = 16, *, method: Method = "zca", eps: float = 1e-5, momentum: float = 0.1
+        self,
+        num_features: int,
+        group_size: int = 16,
+        *,
+        method: Method = "zca",
+        eps: float = 1e-5,
+        momentum: float = 0.1,
     ) -> None:
         super().__init__()
         grouped(torch.empty(2, num_features), group_size, layer="GroupWhitening")
         self.group_size, self.method, self.eps, self.momentum = group_size, method, eps, momentum
+        self.track_running_stats = True
         groups = num_features // group_size
         self.register_buffer("running_mean", torch.zeros(groups, 1, group_size))
         self.register_buffer("running_covariance", torch.eye(group_size).repeat(groups, 1, 1))
@@ -245,16 +267,18 @@ class GroupWhitening(nn.Module):
         """Whiten ``(B, C)`` or ``(B, C, H, W)``; the shape is kept, half precision comes back as float32."""
         with torch.autocast(z.device.type, enabled=False):
             zf = full_precision(z)
+            x = grouped(zf, self.group_size, layer="GroupWhitening", at_least=2 if self.training else 0)
+            if len(x) != len(self.running_mean):
+                made_for = self.running_mean.numel()
+                raise ValueError(f"GroupWhitening was made for {made_for} channels, got shape {tuple(z.shape)}")
             if self.training:
-                x = grouped(zf, self.group_size, layer="GroupWhitening")
                 mean, cov = covariance(x)
-                with torch.no_grad():
-                    unbiased = cov * (x.shape[1] / (x.shape[1] - 1))
-                    self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                    self.running_covariance.lerp_(unbiased.to(self.running_covariance), self.momentum)
+                if self.track_running_stats:
+                    with torch.no_grad():
+                        unbiased = cov * (x.shape[1] / (x.shape[1] - 1))
+                        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                        self.running_covariance.lerp_(unbiased.to(self.running_covariance), self.momentum)
             else:
-                flat = zf if zf.ndim == 2 else zf.movedim(1, -1).flatten(0, 2)
-                x = flat.unflatten(1, (-1, self.group_size)).transpose(0, 1)
                 mean, cov = self.running_mean.to(zf), self.running_covariance.to(zf)
             w = whitening_matrix(cov, method=self.method, eps=self.eps)
             return ungrouped((x - mean) @ w.mT, zf)

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from sdecor.data import ImageData
+from sdecor.data import ImageData, ImageStream
 from sdecor.masking import replacement
 from sdecor.measures.faithfulness import masked_accuracy
 from sdecor.measures.localization import pointing_game, relevance_mass
@@ -22,12 +22,14 @@ FILLS = ("uniform", "constant")
 BINS = 101
 
 
-def object_masks(data: ImageData) -> Tensor | None:
+def object_masks(data: ImageData | ImageStream) -> Tensor | None:
     """Where the object is: exact masks if `data` has them, the inked pixels (> 0) of a digit, otherwise None.
 
     Returns:
         Boolean ``(N, H, W)`` or None.
     """
+    if isinstance(data, ImageStream):
+        return None
     if data.masks is not None:
         return data.masks
     return (data.images > 0).any(1) if data.name in ("mnist", "digits") else None
@@ -51,7 +53,7 @@ def gradient_histogram(gradient: Tensor, bins: int = BINS) -> Tensor:
 
 def measure(
     model: nn.Module,
-    data: ImageData,
+    data: ImageData | ImageStream,
     *,
     layers: tuple[str, ...] = (),
     device: torch.device | str = "cpu",
@@ -83,7 +85,7 @@ def measure(
     statistics = {name: Covariance() for name in names}
     histogram = torch.zeros(BINS, dtype=torch.float64)
     generator = torch.Generator(device).manual_seed(seed)
-    black = data.normalized(slice(0, 1)).new_tensor([(0 - m) / s for m, s in zip(data.mean, data.std, strict=True)])
+    black = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)], device=device)
     start = 0
     for x, y in data.batches(batch_size):
         with capture(model, names) as features:
@@ -114,8 +116,8 @@ def measure(
     metrics = {name: torch.cat(values).double() for name, values in per_image.items()}
     means = {name: float(v.nanmean()) for name, v in metrics.items() if not bool(v.isnan().all())}
     for name, s in statistics.items():
-        means[f"correlation_{name}"] = float(mean_abs_correlation(s))
-        means[f"effective_rank_{name}"] = float(effective_rank(s))
+        both = {"correlation": mean_abs_correlation(s), "effective_rank": effective_rank(s)}
+        means |= {f"{kind}_{name}": float(v) for kind, v in both.items() if not bool(v.isnan())}
     out = {name: torch.cat(parts, 1).double().mean(1).tolist() for name, parts in curves.items()}
-    out["gradient_histogram"] = (histogram / histogram.sum()).tolist()
+    out["gradient_histogram"] = (histogram / histogram.sum().clamp_min(1)).tolist()
     return means, out

@@ -1,0 +1,67 @@
+# `make book` and `make test` set everything up by themselves: they need Python >= 3.11, git and make.
+# PYTHON=python3.12 chooses the interpreter; pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) reach pip.
+PYTHON ?= python3
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
+override VENV := .venv
+override PY := $(VENV)/bin/python
+override READY := $(VENV)/.ready
+override CHAPTERS := build/chapters
+
+# The stamp holds the path it was made for: a checkout that was moved or copied has scripts that point elsewhere.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help ready book test lint types chapters quick bench clean
+.DELETE_ON_ERROR:
+# Cells and tests see this environment alone.
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH PYTHONHOME
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+ready: $(READY) ## set up .venv: pinned packages, sdecor itself, the notebook kernel
+
+# Without its stamp an environment is unfinished, and made from nothing; with it, only what changed is installed.
+# Nothing is compiled ahead: Python does that for the few modules in use, which saves a minute.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"sdecor needs Python >= 3.11, and $(PYTHON) is {sys.version.split()[0]}: try make PYTHON=python3.12")'
+	@if [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ]; then rm $@; else echo "Setting up $(VENV): a few minutes, once."; rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
+	$(PY) -m pip install -qq --no-compile -c constraints.txt pip setuptools
+	$(PY) -m pip install -qq --no-compile --no-build-isolation -c constraints.txt -e '.[book,test]'
+	$(PY) -m ipykernel install --prefix $(VENV) --name python3 --display-name 'Python 3' >/dev/null
+	@echo "$(CURDIR)" > $@
+
+book: $(READY) ## build the site into _build/html, warnings as errors
+	rm -rf _build
+	$(PY) -m jupyter_book.cli.main build . -W -n --keep-going
+
+test: $(READY) ## run the tests
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+# The cells are read from the sources, as notebooks, since that is what ruff knows.
+lint: $(READY) ## check style and format of the module, the tests and the cells of the chapters
+	@rm -rf $(CHAPTERS) && mkdir -p $(CHAPTERS)
+	@tar -cf - $$(grep -rl --include='*.md' '^jupytext:' book) | tar -xf - -C $(CHAPTERS)
+	@find $(CHAPTERS) -name '*.md' -exec $(PY) -m jupytext --quiet --to ipynb {} +
+	$(PY) -m ruff check sdecor tests $(CHAPTERS)
+	$(PY) -m ruff format --check sdecor tests $(CHAPTERS)
+
+types: $(READY) ## check types, strictly
+	$(PY) -m mypy
+
+chapters: $(READY) ## run again the chapters whose source changed
+	$(PY) -m sdecor chapter --stale
+
+quick: $(READY) ## run every chapter that takes parameters at preset "quick", keeping nothing
+	@for notebook in $$(grep -l '"parameters"' book/*/*.ipynb); do \
+	  echo "$$notebook"; $(PY) -m sdecor chapter "$$notebook" -p preset quick || exit 1; done
+
+bench: $(READY) ## measure what a training step and a measure cost
+	$(PY) tests/benchmarks/run.py
+
+clean: ## remove what the targets made, the environment included
+	rm -rf $(VENV) _build build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

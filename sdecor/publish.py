@@ -1,0 +1,200 @@
+"""What a chapter needs around its science: checked parameters, numbers bound to the text, a box that says how it was run."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML, display
+
+from sdecor.data import data_root
+from sdecor.experiment import Record, Run, Store, grid
+from sdecor.measures.statistics import paired_difference, summary
+
+_SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+
+
+def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
+    """Check a chapter's parameters and fill in its preset.
+
+    Call it right after the cell tagged ``parameters``: papermill itself accepts any name and any type.
+
+    Args:
+        namespace: ``globals()`` of the notebook. Its annotations are the known parameters and their types; the one called
+            ``preset`` is required. A value that is empty (``""`` or ``0``) takes the preset's.
+        presets: Settings of each preset by name.
+
+    Returns:
+        The settings of the preset, overridden by the parameters that were given.
+
+    Raises:
+        ValueError: If a parameter or preset is unknown, or a number is negative or not finite.
+        TypeError: If a parameter is of the wrong type.
+
+    Example:
+        >>> given = {"__annotations__": {"preset": str, "epochs": int}, "preset": "quick", "epochs": 0}
+        >>> parameters(given, {"quick": {"epochs": 3}}).epochs
+        3
+    """
+    types: dict[str, type] = dict(namespace["__annotations__"])
+    for name, value in namespace.items():
+        if name.startswith("_") or name in _SHELL or callable(value) or type(value).__name__ == "module":
+            continue
+        if name not in types:
+            raise ValueError(f"unknown parameter '{name}'; known: {', '.join(types)}")
+    for name, wanted in types.items():
+        value = namespace[name]
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise TypeError(f"parameter '{name}' must be a {wanted.__name__}, got {value!r} ({type(value).__name__})")
+        if wanted in (int, float) and not 0 <= value < float("inf"):
+            raise ValueError(f"parameter '{name}' must be finite and not negative, got {value!r}")
+    preset = namespace["preset"]
+    if preset not in presets:
+        raise ValueError(f"unknown preset '{preset}'; known: {', '.join(presets)}")
+    given = {name: namespace[name] for name in types if namespace[name] or name not in presets[preset]}
+    return SimpleNamespace(**{**presets[preset], **given})
+
+
+def glue(name: str, value: float | str) -> None:
+    """Bind `value` to `name`, so that the text can quote it as ``{glue:text}`name:.2f```.
+
+    Writes the output that myst-nb looks for without needing myst-nb, so that a chapter also runs where it is not
+    installed.
+    """
+    display(
+        {"application/papermill.record/text/plain": repr(value)},
+        raw=True,
+        metadata={"scrapbook": {"name": name, "mime_prefix": "application/papermill.record/"}},
+    )
+
+
+def store(path: str = "", *, temporary: bool = False, retrain: bool = False) -> Store:
+    """The store that a chapter works on.
+
+    Args:
+        path: A folder; empty takes a fresh temporary one, the user's own below the data root, or the book's, by the flags.
+        temporary: Forget the runs afterwards.
+        retrain: Train into the user's own store, so that the published records stay as they are.
+    """
+    if path:
+        return Store(path)
+    if temporary:
+        return Store(tempfile.mkdtemp(prefix="sdecor-"))
+    return Store(data_root() / "runs" if retrain else Path(__file__).parents[1] / "data")
+
+
+def records(runs: Iterable[Run], shelf: Store, *, retrain: bool, **settings: Any) -> list[Record]:
+    """Records of `runs`, read or, if `retrain` allows it, trained where they are missing.
+
+    Args:
+        runs: What is wanted.
+        shelf: Where it is looked for.
+        retrain: Whether to train.
+        settings: Handed to `sdecor.experiment.grid`.
+
+    Raises:
+        FileNotFoundError: If a record is missing and `retrain` is off.
+    """
+    wanted = list(runs)
+    found = [shelf.record(run) for run in wanted]
+    if retrain and None in found:
+        workers = settings.get("workers", 1)
+        return grid(wanted, shelf, **{**settings, "workers": workers, "threads": 1, "progress": False})
+    for run, record in zip(wanted, found, strict=True):
+        if record is None:
+            raise FileNotFoundError(
+                f"{shelf.root} holds no record of {run.method} on {run.data}, seed {run.seed} (key {run.key}); "
+                "pass retrain=True to train it"
+            )
+    return [record for record in found if record is not None]
+
+
+def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> None:
+    """Show the box that opens an experiment page: data, seeds, device, versions, commit, date, wall time."""
+    rs = list(records)
+
+    def every(name: str) -> str:
+        return ", ".join(sorted({str(r.environment[name]) for r in rs}))
+
+    minutes = sum(r.environment["training_seconds"] for r in rs) / 60
+    rows = {
+        "Preset": preset,
+        "Data": ", ".join(sorted({r.run.data for r in rs})),
+        "Runs": f"{len(rs)}: {len({r.run.method for r in rs})} methods, seeds {', '.join(map(str, sorted({r.run.seed for r in rs})))}",
+        "Epochs": ", ".join(sorted({str(r.run.epochs) for r in rs})),
+        "Device": f"{every('device')}, {every('threads')} thread(s) a run",
+        "Training time": f"{minutes:.1f} minutes in all runs together",
+        "Versions": f"Python {every('python')}, torch {every('torch')}, sdecor {every('sdecor')}",
+        "Commit": every("commit"),
+        "Date": every("date"),
+    }
+    if note:
+        rows["Note"] = note
+    body = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items())
+    display(HTML(f'<div class="admonition note provenance"><p class="admonition-title">How this page was run</p><dl>{body}</dl></div>'))
+
+
+def metric_table(records: Iterable[Record], columns: Mapping[str, tuple[str, float, int]]) -> pd.DataFrame:
+    """Mean and standard deviation over seeds, a row a method.
+
+    Args:
+        records: Of several methods and seeds.
+        columns: Metric name to heading, factor and decimals.
+
+    Returns:
+        Table of strings ``mean ± sd``; a dash where a metric is undefined.
+    """
+    values = by_method(records)
+    out = {
+        method: {
+            heading: f"{factor * summary(v[name]).mean:.{digits}f} ± {factor * summary(v[name]).sd:.{digits}f}" if name in v else "–"
+            for name, (heading, factor, digits) in columns.items()
+        }
+        for method, v in values.items()
+    }
+    return pd.DataFrame.from_dict(out, orient="index")
+
+
+def difference_table(
+    records: Iterable[Record], columns: Mapping[str, tuple[str, float, int]], *, reference: str = "standard"
+) -> pd.DataFrame:
+    """Paired difference of each method to `reference` over seeds, with its 95 % t interval.
+
+    Args:
+        records: As in `metric_table`; every method needs the seeds of `reference`.
+        columns: As in `metric_table`.
+        reference: Method that the others are compared with.
+
+    Returns:
+        Table of strings ``mean [low, high]``.
+    """
+    values = by_method(records)
+    out: dict[str, dict[str, str]] = {}
+    for method, v in values.items():
+        if method == reference:
+            continue
+        row = out.setdefault(method, {})
+        for name, (heading, factor, digits) in columns.items():
+            if name in v:
+                d = paired_difference(v[name], values[reference][name])
+                row[heading] = f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"
+            else:
+                row[heading] = "–"
+    return pd.DataFrame.from_dict(out, orient="index")
+
+
+def by_method(records: Iterable[Record]) -> dict[str, dict[str, list[float]]]:
+    """Method to metric to values, in order of seed."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for record in sorted(records, key=lambda r: r.run.seed):
+        metrics = out.setdefault(record.run.method, {})
+        for name, value in record.metrics.items():
+            metrics.setdefault(name, []).append(value)
+    return out

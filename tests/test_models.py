@@ -1,0 +1,207 @@
+"""The models: shapes, names, default layers, own modules, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sdecor.models
+from sdecor.models import MODELS, build, default_layers, layer
+
+DEFAULT_LAYERS = {
+    "lenet": {"conv2": (16, 12, 12), "fc2": (80,)},
+    "cnn_bn": {"conv3": (128, 8, 8), "fc1": (128,)},
+    "resnet18": {"layer4.1.conv2": (512, 4, 4), "avgpool": (512, 1, 1)},
+    "vgg11_bn": {"features.25": (512, 2, 2), "classifier.0": (256,)},
+    "vit": {"heads.pre_logits": (128,)},
+}
+
+
+def run(model: nn.Module, channels: int, size: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[int, ...]]]:
+    """Logits, input gradient, and shapes of the default layers' features."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in default_layers(model):
+        layer(model, name).register_forward_hook(
+            lambda module, inputs, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:]))
+        )
+    x = torch.rand(2, channels, size, size, requires_grad=True)
+    logits = model.eval()(x)
+    return logits, torch.autograd.grad(logits[:, 0].sum(), x)[0], shapes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_colour_images_of_32_pixels(name: str) -> None:
+    torch.manual_seed(0)
+    model = build(name, 3, 10, 32)
+    assert model.training
+    logits, gradient, shapes = run(model, 3, 32)
+    assert logits.shape == (2, 10)
+    assert shapes == DEFAULT_LAYERS[name]
+    assert all(shape[0] % 16 == 0 for shape in shapes.values())
+    assert logits.isfinite().all()
+    assert (gradient.flatten(1).abs().amax(1) > 0).all()
+    assert not any(getattr(module, "inplace", False) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"), [("lenet", 1, 28), ("lenet", 1, 12), ("cnn_bn", 1, 8), ("vit", 1, 28), ("vit", 3, 64)]
+)
+def test_other_images(name: str, channels: int, size: int) -> None:
+    logits, gradient, _ = run(build(name, channels, 7, size), channels, size)
+    assert logits.shape == (2, 7)
+    assert gradient.abs().max() > 0
+
+
+def test_lenet_is_as_documented() -> None:
+    model = build("lenet", 1, 10, 28)
+    assert [name for name, _ in model.named_children()] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
+    assert sum(p.numel() for p in model.parameters()) == 208 + 3216 + 51328 + 10320 + 810
+    x = torch.rand(1, 1, 28, 28)
+    features = nn.Sequential(model.conv1, nn.ReLU(), nn.MaxPool2d(2), model.conv2, nn.ReLU(), nn.MaxPool2d(2))
+    rest = nn.Sequential(nn.Flatten(), model.fc1, nn.ReLU(), model.fc2, nn.ReLU(), model.fc3)
+    assert torch.equal(model(x), rest(features(x)))
+
+
+def test_resnet_has_the_imagenet_stem_only_for_larger_images() -> None:
+    small, large = build("resnet18", 3, 10, 64), build("resnet18", 3, 10, 96)
+    assert small.conv1.stride == (1, 1)
+    assert isinstance(small.maxpool, nn.Identity)
+    assert large.conv1.stride == (2, 2)
+    assert isinstance(large.maxpool, nn.MaxPool2d)
+
+
+def test_seed_decides_the_weights() -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        return list(build("cnn_bn", 3, 10, 32).parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(3), weights(3), strict=True))
+    assert not torch.equal(weights(3)[0], weights(4)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("lenett", 1, 10, 28),
+            "unknown model 'lenett'; known: lenet, cnn_bn, resnet18, vgg11_bn, vit, or package.module:factory",
+        ),
+        (("lenet", 0, 10, 28), "in_channels must be a positive whole number, got 0"),
+        (("lenet", 1, 10.0, 28), "num_classes must be a positive whole number, got 10.0"),
+        (("lenet", 1, 10, -1), "image_size must be a positive whole number, got -1"),
+        (("lenet", 1, 10, 8), "image_size=8 is too small for lenet, which needs at least 12"),
+        (("cnn_bn", 1, 10, 4), "image_size=4 is too small for cnn_bn, which needs at least 8"),
+        (("resnet18", 1, 10, 4), "image_size=4 is too small for resnet18, which needs at least 8"),
+        (("vgg11_bn", 1, 10, 28), "image_size=28 is too small for vgg11_bn, which needs at least 32"),
+        (("vit", 3, 10, 31), "image_size=31 cannot be cut into 4 to 16 patches a side for vit; a multiple of 8 works"),
+        (("vit", 3, 10, 1), "image_size=1 cannot be cut into 4 to 16 patches a side for vit; a multiple of 8 works"),
+        ((":factory", 1, 10, 28), "model ':factory' is not of the form package.module:factory"),
+        (("os.path:", 1, 10, 28), "model 'os.path:' is not of the form package.module:factory"),
+        (
+            ("no_such.place:f", 1, 10, 28),
+            "model 'no_such.place:f': no module 'no_such.place'; install it or put it on PYTHONPATH",
+        ),
+        (("os.path:nothing", 1, 10, 28), "model 'os.path:nothing': module 'os.path' has no 'nothing'"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, int, int, int], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(*arguments)
+    assert str(caught.value) == message
+
+
+def test_unknown_layer() -> None:
+    model = build("lenet", 1, 10, 28)
+    assert layer(model, "fc2") is model.fc2
+    for name in ("conv9", ""):
+        with pytest.raises(ValueError) as caught:
+            layer(model, name)
+        assert str(caught.value) == f"unknown layer '{name}'; this model has: conv1, conv2, fc1, fc2, fc3"
+
+
+def test_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_models.py").write_text(
+        "from torch import nn\n"
+        "def small(in_channels, num_classes, image_size):\n"
+        "    size = in_channels * image_size**2\n"
+        "    relu = nn.ReLU(inplace=True)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(size, 16), relu, nn.Linear(16, num_classes))\n"
+        "def text(*arguments):\n"
+        "    return 'a model'\n"
+        "number = 3\n"
+    )
+    (tmp_path / "own_broken.py").write_text("import a_package_that_is_missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = build("own_models:small", 3, 5, 4)
+    logits, _, shapes = run(model, 3, 4)
+    assert logits.shape == (2, 5)
+    assert shapes == {"1": (16,)}
+    assert model[2].inplace is False
+    with pytest.raises(TypeError, match=r"^model 'own_models:text' must return an nn.Module, it returned str$"):
+        build("own_models:text", 3, 5, 4)
+    with pytest.raises(TypeError, match=r"^model 'own_models:number' must name a callable, it names a int$"):
+        build("own_models:number", 3, 5, 4)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
+        build("own_broken:small", 3, 5, 4)
+
+
+class Attention(nn.Module):
+    """A transformer's parts, in a usual order of definition."""
+
+    def __init__(self, *head: nn.Module) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.block = nn.TransformerEncoderLayer(16, 2)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Sequential(*head)
+
+
+def mlp(*widths: int) -> list[nn.Module]:
+    return [nn.Linear(a, b) for a, b in pairwise(widths)]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), *mlp(32, 16, 8, 4)), ("1", "3")),
+        (nn.Sequential(*mlp(8, 16, 4)), ("0",)),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 4)), ("0",)),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(16, 4)), ("0", "1")),
+        # a pooling to more than one position does not feed the head as it is
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(7), nn.Linear(784, 4)), ("0",)),
+        # a linear layer before a convolution is a gate inside a block, and so is the pooling before it
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(4, 4), nn.Conv2d(3, 16, 3), nn.Linear(16, 4)), ("2",)),
+        # no linear layer: the last convolution gives the logits
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 1), nn.AdaptiveAvgPool2d(1)), ("0",)),
+        (Attention(*mlp(16, 32, 10)), ("head.0",)),
+    ],
+)
+def test_default_layers_of_own_modules(model: nn.Module, expected: tuple[str, ...]) -> None:
+    assert default_layers(model) == expected
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(4, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), Attention(*mlp(16, 10))]
+)
+def test_no_default_layers(model: nn.Module) -> None:
+    with pytest.raises(ValueError) as caught:
+        default_layers(model)
+    kind, names = type(model).__name__, ", ".join(name for name, _ in model.named_modules() if name)
+    assert str(caught.value) == f"no default layers found in {kind}; pass layers=, some of: {names}"
+
+
+def test_import_leaves_torchvision_alone() -> None:
+    code = "import sys, sdecor.models; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_examples() -> None:
+    failed, tried = doctest.testmod(sdecor.models)
+    assert failed == 0 < tried

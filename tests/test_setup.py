@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import sdecor
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def direct(project: dict) -> list[Requirement]:
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+@pytest.fixture(scope="module")
+def pins(root: Path) -> list[Requirement]:
+    lines = (line.split("#")[0].strip() for line in (root / "constraints.txt").read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def pinned_here(pins: list[Requirement]) -> dict[str, str]:
+    here = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
+    assert len({canonicalize_name(pin.name) for pin in here}) == len(here), "a package is pinned twice"
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in here}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_pin_is_exact_and_on_the_public_index(pins: list[Requirement]) -> None:
+    for pin in pins:
+        assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)), f"{pin}: not one public version"
+
+
+def test_pins_satisfy_the_ranges_of_the_project(direct: list[Requirement], pins: list[Requirement]) -> None:
+    versions = pinned_here(pins)
+    for requirement in direct:
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), str(requirement)
+
+
+def test_environment_yml_names_the_same_packages_and_versions(
+    root: Path, direct: list[Requirement], pins: list[Requirement]
+) -> None:
+    *conda, pip = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
+    assert conda == ["python=3.11", "pip"]
+    constraints, *packages, project_itself = pip["pip"]
+    assert (constraints, project_itself) == ("-c constraints.txt", "-e .")
+    versions = pinned_here(pins)
+    assert sorted(packages) == sorted(f"{r.name}=={versions[canonicalize_name(r.name)]}" for r in direct)
+
+
+def test_everything_installed_for_the_project_is_pinned(direct: list[Requirement], pins: list[Requirement]) -> None:
+    versions = pinned_here(pins)
+    todo, seen = list(direct), set()
+    while todo:
+        requirement = todo.pop()
+        key = (canonicalize_name(requirement.name), *sorted(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        assert key[0] in versions, f"constraints.txt does not pin {requirement.name}"
+        try:
+            distribution = importlib.metadata.distribution(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra or a platform that this environment does without
+        assert distribution.version.split("+")[0] == versions[key[0]], f"{requirement.name} is not at its pin"
+        for line in distribution.requires or []:
+            child = Requirement(line)
+            extras = requirement.extras or {""}
+            if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(child)
+
+
+def test_version_is_the_same_everywhere(root: Path, project: dict) -> None:
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert sdecor.__version__ == project["version"] == citation["version"] == importlib.metadata.version("sdecor")
+
+
+def test_licences_are_named(root: Path) -> None:
+    licence = (root / "LICENSE").read_text()
+    assert "MIT License" in licence and "CC BY 4.0" in licence
+    assert yaml.safe_load((root / "CITATION.cff").read_text())["license"] == ["MIT", "CC-BY-4.0"]
+
+
+def test_sdecor_alone_imports_neither_torch_nor_torchvision() -> None:
+    assert python("import sdecor, sys; print([m for m in sys.modules if m.startswith('torch')])") == "[]\n"
+
+
+def test_torchvision_is_usable_after_sdecor() -> None:
+    code = """
+        import sdecor
+        import torchvision
+        from torchvision import transforms
+        print(torchvision.datasets.MNIST.__name__, torchvision.models.resnet18().fc.out_features)
+    """
+    assert python(code) == "MNIST 1000\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is declared on other systems")
+def test_operators_that_exist_are_left_alone() -> None:
+    code = """
+        import torch
+        real = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            real.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            real.impl(name, lambda dets, scores, iou_threshold: scores + 1, "CPU")
+        import sdecor
+        import torchvision
+        result = torch.ops.torchvision.nms(torch.ones(2, 4), torch.ones(2), 0.5)
+        print(len(sdecor._torchvision._declared), result.tolist())
+    """
+    assert python(code) == "0 [2.0, 2.0]\n"
+
+
+INTERPRETER = """\
+#!/bin/sh
+# Stands for Python: notes its arguments, fails where the file "broken" lies, and makes an environment of itself.
+echo "$*" >> log
+case "$*" in
+  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  *"-m pip"*) test ! -e broken ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_sets_up_once_and_takes_nothing_half_done_for_done(root: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, checkout)
+    (tmp_path / "python").write_text(INTERPRETER)
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+    def ready(checkout: Path) -> tuple[int, list[str]]:
+        (checkout / "log").unlink(missing_ok=True)
+        command = ["make", "ready", f"PYTHON={tmp_path / 'python'}"]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, check=False)
+        log = checkout / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return done.returncode, [line.split()[1] for line in lines if line.startswith("-m")]
+
+    everything = ["venv", "pip", "pip", "ipykernel"]
+    assert ready(checkout) == (0, everything)
+    assert ready(checkout) == (0, [])
+
+    later = (checkout / ".venv/.ready").stat().st_mtime + 5
+    os.utime(checkout / "constraints.txt", (later, later))
+    (checkout / "broken").touch()
+    code, steps = ready(checkout)
+    assert code != 0 and steps == ["pip"]
+    (checkout / "broken").unlink()
+    assert ready(checkout) == (0, everything), "an update that broke off leaves nothing to build on"
+
+    os.utime(checkout / "constraints.txt", (later - 10, later - 10))
+    assert ready(checkout) == (0, [])
+    now = (checkout / ".venv/.ready").stat().st_mtime + 5
+    os.utime(checkout / "pyproject.toml", (now, now))
+    assert ready(checkout) == (0, everything[1:]), "a change installs into the environment at hand"
+
+    os.utime(checkout / "pyproject.toml", (later - 10, later - 10))
+    assert ready(checkout.rename(tmp_path / "moved")) == (0, everything), "scripts name the path they were made for"
