@@ -37,7 +37,8 @@ $(READY): pyproject.toml constraints.txt
 
 book: $(READY) ## build the site into _build/html, warnings as errors
 	rm -rf _build
-	$(PY) -m jupyter_book.cli.main build . -W -n --keep-going
+	$(VENV)/bin/jupyter-book build . --quiet -W -n --keep-going
+	@echo "The book is in _build/html/index.html"
 
 test: $(READY) ## run the tests
 	$(PY) -m pytest $(PYTEST_FLAGS)
@@ -56,9 +57,9 @@ types: $(READY) ## check types, strictly
 chapters: $(READY) ## run again the chapters whose source changed
 	$(PY) -m sdecor chapter --stale
 
-quick: $(READY) ## run every chapter that takes parameters at preset "quick", keeping nothing
-	@for notebook in $$(grep -l '"parameters"' book/*/*.ipynb); do \
-	  echo "$$notebook"; $(PY) -m sdecor chapter "$$notebook" -p preset quick || exit 1; done
+quick: $(READY) ## run every chapter that takes parameters at preset "quick"
+	@for source in $$(grep -rlE --include='*.md' '^:?tags: \[parameters' book); do \
+	  $(PY) -m sdecor chapter $$source -p preset quick --out build/quick/$$(basename $$source .md).ipynb || exit 1; done
 
 bench: $(READY) ## measure what a training step and a measure cost
 	$(PY) tests/benchmarks/run.py

@@ -322,7 +322,7 @@ def grid(
         settings: Handed to `execute`.
 
     Raises:
-        RuntimeError: If a worker failed.
+        ChildProcessError: If a worker failed.
     """
     todo = list(runs)
     if workers > 1:
@@ -334,7 +334,7 @@ def grid(
         for p in processes:
             p.join()
         if failed := [p.exitcode for p in processes if p.exitcode]:
-            raise RuntimeError(f"{len(failed)} of {len(processes)} workers failed; their output says why")
+            raise ChildProcessError(f"{len(failed)} of {len(processes)} workers failed; their output says why")
     elif threads is not None:
         torch.set_num_threads(threads)
     for run in todo:

@@ -1,4 +1,4 @@
-"""Figures of the book: one style, colours that colour-blind readers can tell apart, an opaque background for dark pages."""
+"""Figures of the book: one style, colours that colour-blind readers can tell apart, an opaque background."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DASHES = dict(zip(LABELS, ("-", "--", "-.", "-.", "-", "-"), strict=True))
 
 def use_style() -> None:
     """Set the style of all figures that follow; in a notebook they become SVG without a date, the same at every run."""
-    set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches="tight")
+    set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches="tight")  # type: ignore[no-untyped-call]
     sns.set_theme(
         context="notebook",
         style="whitegrid",
@@ -71,7 +71,8 @@ def gradient_gallery(images: Tensor, scores: Mapping[str, Tensor], *, fraction: 
         The figure.
     """
     n = len(images)
-    figure, axes = plt.subplots(len(scores) + 1, 2 * n, figsize=(1.05 * 2 * n + 1.6, 1.05 * (len(scores) + 1)), squeeze=False)
+    rows, columns = len(scores) + 1, 2 * n
+    figure, axes = plt.subplots(rows, columns, figsize=(columns + 1.6, 1.05 * rows), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
@@ -92,7 +93,12 @@ def gradient_gallery(images: Tensor, scores: Mapping[str, Tensor], *, fraction: 
 
 
 def bands(
-    ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], *, labels: Mapping[str, str] = LABELS, **line: Any
+    ax: Axes,
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    labels: Mapping[str, str] = LABELS,
+    **line: Any,
 ) -> None:
     """Draw the mean of each method's curves and a band of one standard deviation over seeds.
 

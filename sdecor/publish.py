@@ -1,4 +1,4 @@
-"""What a chapter needs around its science: checked parameters, numbers bound to the text, a box that says how it was run."""
+"""What a chapter needs around its science: checked parameters, numbers bound to the text, how it was run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, 
     Call it right after the cell tagged ``parameters``: papermill itself accepts any name and any type.
 
     Args:
-        namespace: ``globals()`` of the notebook. Its annotations are the known parameters and their types; the one called
-            ``preset`` is required. A value that is empty (``""`` or ``0``) takes the preset's.
+        namespace: ``globals()`` of the notebook. Its annotations are the known parameters and their types, ``preset``
+            among them. A value that is empty (``""`` or ``0``) takes the preset's.
         presets: Settings of each preset by name.
 
     Returns:
@@ -41,7 +41,7 @@ def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, 
         >>> parameters(given, {"quick": {"epochs": 3}}).epochs
         3
     """
-    types: dict[str, type] = dict(namespace["__annotations__"])
+    types: dict[str, Any] = dict(namespace["__annotations__"])
     for name, value in namespace.items():
         if name.startswith("_") or name in _SHELL or callable(value) or type(value).__name__ == "module":
             continue
@@ -49,10 +49,8 @@ def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, 
             raise ValueError(f"unknown parameter '{name}'; known: {', '.join(types)}")
     for name, wanted in types.items():
         value = namespace[name]
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted:
-            raise TypeError(f"parameter '{name}' must be a {wanted.__name__}, got {value!r} ({type(value).__name__})")
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise TypeError(f"parameter '{name}' must be of type {wanted.__name__}, got {value!r} ({type(value).__name__})")
         if wanted in (int, float) and not 0 <= value < float("inf"):
             raise ValueError(f"parameter '{name}' must be finite and not negative, got {value!r}")
     preset = namespace["preset"]
@@ -79,7 +77,7 @@ def store(path: str = "", *, temporary: bool = False, retrain: bool = False) -> 
     """The store that a chapter works on.
 
     Args:
-        path: A folder; empty takes a fresh temporary one, the user's own below the data root, or the book's, by the flags.
+        path: A folder; empty takes a temporary one, the user's own below the data root, or the book's, by the flags.
         temporary: Forget the runs afterwards.
         retrain: Train into the user's own store, so that the published records stay as they are.
     """
@@ -124,21 +122,23 @@ def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> Non
         return ", ".join(sorted({str(r.environment[name]) for r in rs}))
 
     minutes = sum(r.environment["training_seconds"] for r in rs) / 60
+    seeds = ", ".join(map(str, sorted({r.run.seed for r in rs})))
     rows = {
         "Preset": preset,
         "Data": ", ".join(sorted({r.run.data for r in rs})),
-        "Runs": f"{len(rs)}: {len({r.run.method for r in rs})} methods, seeds {', '.join(map(str, sorted({r.run.seed for r in rs})))}",
+        "Runs": f"{len(rs)}: {len({r.run.method for r in rs})} methods, seeds {seeds}",
         "Epochs": ", ".join(sorted({str(r.run.epochs) for r in rs})),
         "Device": f"{every('device')}, {every('threads')} thread(s) a run",
-        "Training time": f"{minutes:.1f} minutes in all runs together",
+        "Training time": f"{minutes:.0f} minutes, summed over these runs",
         "Versions": f"Python {every('python')}, torch {every('torch')}, sdecor {every('sdecor')}",
         "Commit": every("commit"),
         "Date": every("date"),
+        **({"Note": note} if note else {}),
     }
-    if note:
-        rows["Note"] = note
     body = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items())
-    display(HTML(f'<div class="admonition note provenance"><p class="admonition-title">How this page was run</p><dl>{body}</dl></div>'))
+    title = '<p class="admonition-title">How this page was run</p>'
+    box = HTML(f'<div class="admonition note provenance">{title}<dl>{body}</dl></div>')
+    display(box)
 
 
 def metric_table(records: Iterable[Record], columns: Mapping[str, tuple[str, float, int]]) -> pd.DataFrame:
@@ -152,14 +152,18 @@ def metric_table(records: Iterable[Record], columns: Mapping[str, tuple[str, flo
         Table of strings ``mean ± sd``; a dash where a metric is undefined.
     """
     values = by_method(records)
-    out = {
-        method: {
-            heading: f"{factor * summary(v[name]).mean:.{digits}f} ± {factor * summary(v[name]).sd:.{digits}f}" if name in v else "–"
-            for name, (heading, factor, digits) in columns.items()
-        }
+    table = {
+        method: {heading: _spread(v.get(name), factor, digits) for name, (heading, factor, digits) in columns.items()}
         for method, v in values.items()
     }
-    return pd.DataFrame.from_dict(out, orient="index")
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def _spread(values: list[float] | None, factor: float, digits: int) -> str:
+    if values is None:
+        return "–"
+    mean, sd = summary([factor * v for v in values])
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
 def difference_table(
@@ -176,18 +180,20 @@ def difference_table(
         Table of strings ``mean [low, high]``.
     """
     values = by_method(records)
-    out: dict[str, dict[str, str]] = {}
-    for method, v in values.items():
-        if method == reference:
-            continue
-        row = out.setdefault(method, {})
-        for name, (heading, factor, digits) in columns.items():
-            if name in v:
-                d = paired_difference(v[name], values[reference][name])
-                row[heading] = f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"
-            else:
-                row[heading] = "–"
-    return pd.DataFrame.from_dict(out, orient="index")
+
+    def cell(method: str, name: str, factor: float, digits: int) -> str:
+        if name not in values[method]:
+            return "–"
+        d = paired_difference(values[method][name], values[reference][name])
+        mean, low, high = (f"{factor * v:+.{digits}f}" for v in d)
+        return f"{mean} [{low}, {high}]"
+
+    table = {
+        method: {heading: cell(method, name, factor, digits) for name, (heading, factor, digits) in columns.items()}
+        for method in values
+        if method != reference
+    }
+    return pd.DataFrame.from_dict(table, orient="index")
 
 
 def by_method(records: Iterable[Record]) -> dict[str, dict[str, list[float]]]:

@@ -1,0 +1,111 @@
+"""Chapters with code: pairs of ``x.md``, the source that people edit, and ``x.ipynb``, the same cells with outputs."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import papermill
+
+from sdecor._options import annotated, typed
+
+BOOK = Path(__file__).resolve().parents[1] / "book"
+_KEPT = {"name": "python", "pygments_lexer": "ipython3"}  # not the version, which differs between machines
+
+
+def known() -> tuple[str, ...]:
+    """Names of all chapters with code, such as ``experiments/mnist``."""
+    sources = (p for p in BOOK.glob("**/*.md") if p.read_text(encoding="utf-8").startswith("---\njupytext:"))
+    return tuple(sorted(p.relative_to(BOOK).with_suffix("").as_posix() for p in sources))
+
+
+def _path(name: str) -> Path:
+    """The notebook of a chapter, named by itself or by the path of either file."""
+    short = name.removeprefix("./").removeprefix("book/").removesuffix(".ipynb").removesuffix(".md")
+    if short not in known():
+        raise ValueError(f"unknown chapter '{name}'; known: {', '.join(known())}")
+    return BOOK / f"{short}.ipynb"
+
+
+def _source(path: Path) -> Any:
+    """The cells of the source, with ids that do not change from one reading to the next."""
+    notebook = jupytext.read(path.with_suffix(".md"))
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"
+    return notebook
+
+
+def is_stale(name: str) -> bool:
+    """Whether the notebook is absent, or its cells are not those of its source."""
+    path = _path(name)
+    if not path.exists():
+        return True
+    pair = (_source(path), nbformat.read(path, as_version=4))
+    source, notebook = ([(c.cell_type, c.source, dict(c.metadata)) for c in n.cells] for n in pair)
+    return source != notebook
+
+
+def _parameters(notebook: Any, given: Mapping[str, str]) -> dict[str, Any]:
+    """Values of the given texts, by the types in the cell tagged ``parameters``.
+
+    Raises:
+        ValueError: If a name is unknown or a text is not of its type.
+    """
+    cells = (c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    types = annotated(ast.parse(next(cells, "")).body)
+    for name in given:
+        if name not in types:
+            raise ValueError(f"unknown parameter '{name}'; known: {', '.join(types) or 'none'}")
+    return {name: typed(name, types[name][0], text) for name, text in given.items()}
+
+
+def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = False) -> Path:
+    """Execute a chapter.
+
+    Args:
+        name: Of the chapter.
+        given: Parameters, as text.
+        out: File to write; empty for a temporary one. It must not be in the book.
+        publish: Replace the chapter's notebook, once all its cells have run, without traces of time and machine.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: If the chapter, a parameter, or `out` is impossible, or a cell raises ValueError or TypeError.
+        ChildProcessError: If a cell fails otherwise.
+    """
+    committed = _path(name)
+    target = Path(out).resolve() if out else Path(tempfile.mkdtemp(prefix="sdecor-")) / committed.name
+    if target.suffix != ".ipynb" or target.is_relative_to(BOOK):
+        raise ValueError(f"out must be a file .ipynb outside of {BOOK}, got {out}")
+    source = _source(committed)
+    values = _parameters(source, given)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done = papermill.execute_notebook(
+            nbformat.from_dict(source),
+            target,
+            values,
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty(),
+            coalesce_streams=True,
+        )
+    except papermill.PapermillExecutionError as error:
+        kind = ValueError if error.ename in ("ValueError", "TypeError", "FileNotFoundError") else ChildProcessError
+        raise kind(f"{error.ename} in cell {error.exec_count} of {name}: {error.evalue} (see {target})") from None
+    if not publish:
+        return target
+    for cell, original in zip(done.cells, _source(committed).cells, strict=True):
+        cell.metadata, cell.id = original.metadata, original.id
+    done.metadata = {"kernelspec": source.metadata["kernelspec"], "language_info": _KEPT}
+    nbformat.write(done, committed)
+    target.unlink()
+    target.parent.rmdir()
+    return committed

@@ -1,0 +1,86 @@
+"""The executed chapters: numbers in the text come from outputs, and the outputs from the committed records."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BOOK = Path(__file__).resolve().parent.parent / "book"
+EXPERIMENTS = sorted((BOOK / "experiments").glob("*.md"))
+NAMED = r"(?:Fig\. \d+|Gini index of 1|, 0 is|tenth|5 %|95 %)"  # numbers that name something and measure nothing
+
+
+def prose(source: str) -> str:
+    """The text of a chapter without header, cells, directives, code, formulas, links and quoted results."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", source, flags=re.DOTALL)
+    text = re.sub(r"^(`{3,}|:{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL)
+    return re.sub(r"\{[\w:]+\}`[^`]*`|`[^`]*`|\$[^$]*\$|\]\([^)]*\)", "", text)
+
+
+def results(source: str) -> str:
+    """The part of a chapter that speaks of results: from its heading "What came out" up to the exercises."""
+    return source.split("\n## What came out\n")[1].split("\n## Exercises\n")[0]
+
+
+def glued(notebook: Path) -> dict[str, str]:
+    """Name to value of everything glued in a notebook."""
+    found: dict[str, str] = {}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", ()):
+            scrap = output.get("metadata", {}).get("scrapbook")
+            if scrap:
+                found[scrap["name"]] = output["data"]["application/papermill.record/text/plain"]
+    return found
+
+
+def comparable(notebook: Path) -> list[tuple[int, Any]]:
+    """Tables and glued values in order, with their cell; figures and the text of warnings are left out."""
+    found: list[tuple[int, Any]] = []
+    for i, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if not any(kind.startswith("image/") for kind in data):
+                found += [
+                    (i, "".join(v)) for kind, v in sorted(data.items()) if kind.startswith(("text/plain", "applic"))
+                ]
+    return found
+
+
+@pytest.mark.parametrize("source", EXPERIMENTS, ids=lambda p: p.stem)
+def test_result_prose_quotes_no_typed_number(source: Path) -> None:
+    text = re.sub(NAMED, "", prose(results(source.read_text(encoding="utf-8"))))
+    assert re.findall(r"[^\n]*\d[^\n]*", text) == []
+
+
+def test_a_typed_number_would_be_noticed() -> None:
+    chapter = "\n## What came out\n\nIt rose by 3.2 points, {glue:text}`a:.1f` with $x^2$ and `b = 1`.\n"
+    assert re.findall(r"\d\S*", prose(results(chapter))) == ["3.2"]
+
+
+@pytest.mark.parametrize("source", EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_quoted_result_exists(source: Path) -> None:
+    quoted = set(re.findall(r"\{glue:text\}`([\w-]+)", source.read_text(encoding="utf-8")))
+    assert quoted
+    assert quoted - glued(source.with_suffix(".ipynb")).keys() == set()
+
+
+@pytest.mark.parametrize("source", EXPERIMENTS, ids=lambda p: p.stem)
+def test_committed_outputs_are_what_the_records_give(source: Path, real_data: Path, tmp_path: Path) -> None:
+    papermill = pytest.importorskip("papermill", reason="needs the packages of the extra 'book'")
+    fresh = tmp_path / "fresh.ipynb"
+    committed = source.with_suffix(".ipynb")
+    papermill.execute_notebook(
+        committed, fresh, {"data_root": str(real_data)}, kernel_name="python3", progress_bar=False, cwd=tmp_path
+    )
+    old, new = comparable(committed), comparable(fresh)
+    injected = 1  # the cell that papermill adds
+    assert [i + injected for i, _ in old] == [i for i, _ in new]
+    for (cell, a), (_, b) in zip(old, new, strict=True):
+        numbers = [[float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text)] for text in (a, b)]
+        assert re.sub(r"[\d.+-]+", "", a) == re.sub(r"[\d.+-]+", "", b), f"cell {cell}"
+        assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=0.2), f"cell {cell}"

@@ -1,0 +1,170 @@
+"""Masking: exact shares whatever the ties, and fills that keep to each image."""
+
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sdecor.masking
+from sdecor.masking import FILLS, lowest, masked, replacement
+
+
+def test_examples_in_docstrings() -> None:
+    assert doctest.testmod(sdecor.masking).failed == 0
+
+
+# Which pixels ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    b=st.integers(1, 3), h=st.integers(1, 9), w=st.integers(1, 9),
+    fraction=st.floats(0, 1, exclude_min=True, exclude_max=True), levels=st.integers(1, 4),
+)  # fmt: skip
+def test_exact_count_and_nothing_lower_is_left_whatever_the_ties(
+    b: int, h: int, w: int, fraction: float, levels: int
+) -> None:
+    score = torch.randint(levels, (b, h, w)).float()
+    kept, mask = score.clone(), lowest(score, fraction)
+    assert mask.dtype == torch.bool
+    assert mask.shape == score.shape
+    assert mask.flatten(1).sum(1).tolist() == [round(fraction * h * w)] * b
+    for m, s in zip(mask, score, strict=True):
+        if m.any() and not m.all():
+            assert s[m].max() <= s[~m].min()
+    assert torch.equal(score, kept)
+
+
+def test_lowest_by_hand() -> None:
+    score = torch.tensor([[[0.5, -2.0, 3.0], [0.0, 1.0, -1.0]], [[6.0, 5.0, 4.0], [3.0, 2.0, 1.0]]])
+    expected = [[[False, True, False], [True, False, True]], [[False] * 3, [True] * 3]]
+    assert lowest(score, 0.5).tolist() == expected
+    assert lowest(score, 1 / 6).nonzero().tolist() == [[0, 0, 1], [1, 1, 2]]
+    assert lowest(score, 5 / 6).logical_not().nonzero().tolist() == [[0, 0, 2], [1, 0, 0]]
+
+
+def test_all_scores_equal() -> None:
+    assert lowest(torch.zeros(2, 28, 28), 0.5).sum((1, 2)).tolist() == [392, 392]
+    assert lowest(torch.zeros(1, 32, 32), 0.1).sum() == 102
+    assert lowest(torch.full((1, 4, 4), -3.0).bfloat16(), 0.25).sum() == 4
+
+
+def test_more_masked_contains_less_masked() -> None:
+    score = torch.randn(3, 8, 8)
+    masks = [lowest(score, f) for f in (0.1, 0.3, 0.7, 0.9)]
+    for fewer, more in zip(masks, masks[1:], strict=False):
+        assert (fewer <= more).all()
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 0.0, 1.0, -0.1, 1.5, 50, float("nan"), float("inf")])
+def test_fraction_outside(fraction: float) -> None:
+    with pytest.raises(ValueError) as error:
+        lowest(torch.zeros(1, 4, 4), fraction)
+    assert str(error.value) == f"fraction must lie strictly between 0 and 1, got {fraction}"
+
+
+# What they are replaced with ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FILLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shape_dtype_and_untouched_input(kind: str, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    kept = x.clone()
+    fill = replacement(x, kind)
+    mask = lowest(torch.randn(2, 8, 8), 0.5)
+    out = masked(x, mask, fill)
+    assert fill.shape == out.shape == x.shape
+    assert fill.dtype == out.dtype == dtype
+    assert torch.equal(x, kept)
+    where = mask.unsqueeze(1).expand_as(x)
+    assert torch.equal(out[~where], x[~where])
+    assert torch.equal(out[where], fill[where])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    low=st.floats(-1e4, 1e4, width=32), width=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)  # fmt: skip
+def test_uniform_stays_in_the_range_of_each_image_and_channel(low: float, width: float, dtype: torch.dtype) -> None:
+    x = (low + width * torch.rand(2, 2, 6, 6) * torch.tensor([1.0, 100.0])[:, None, None]).to(dtype)
+    fill = replacement(x, "uniform")
+    smallest, largest = torch.aminmax(x.flatten(2), dim=2)
+    assert (fill.flatten(2) >= smallest[..., None]).all()
+    assert (fill.flatten(2) <= largest[..., None]).all()
+
+
+def test_uniform_is_uniform() -> None:
+    x = torch.zeros(1, 2, 100, 100)
+    x[0, 0, 0, 0], x[0, 1, 0, 0] = 2.0, -4.0
+    fill = replacement(x)[0].flatten(1).sort(1).values
+    for sorted_values, (low, high) in zip(fill, [(0, 2), (-4, 0)], strict=True):
+        empirical = np.linspace(0, 1, 10_000)
+        distance = np.abs((sorted_values.numpy() - low) / (high - low) - empirical).max()
+        assert distance < 1.63 / 100  # Kolmogorov-Smirnov, 1 %
+    assert fill.flatten().unique().numel() > 19_000  # every pixel has its own draw
+
+
+def test_the_generator_decides_and_the_global_state_stands_still() -> None:
+    x = torch.randn(2, 3, 5, 5)
+    before = torch.get_rng_state()
+    first, again = (replacement(x, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    other = replacement(x, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    for kind in set(FILLS) - {"uniform"}:
+        generator = torch.Generator().manual_seed(3)
+        state = generator.get_state()
+        replacement(x, kind, generator=generator)
+        assert torch.equal(generator.get_state(), state)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_constant_and_mean() -> None:
+    x = torch.arange(16.0).view(1, 2, 2, 4)
+    assert torch.equal(replacement(x, "constant"), torch.zeros_like(x))
+    assert torch.equal(replacement(x, "constant", value=-0.4242), torch.full_like(x, -0.4242))
+    assert replacement(x, "mean")[0, :, 0, 0].tolist() == [3.5, 11.5]
+    assert replacement(x, "mean").std((2, 3)).max() == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (5, 5), (8, 8), (9, 9), (28, 28), (28, 4), (4, 28), (28, 1)])
+def test_blur_keeps_constants_and_works_on_small_images(size: tuple[int, int]) -> None:
+    constant = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, *size)
+    torch.testing.assert_close(replacement(constant, "blur"), constant.clone())
+    x = torch.randn(2, 2, *size)
+    blurred = replacement(x, "blur")
+    assert blurred.isfinite().all()
+    assert (blurred.amax((2, 3)) <= x.amax((2, 3)) + 1e-6).all()
+    if min(size) >= 8:
+        assert blurred.var() < 0.5 * x.var()
+
+
+def test_blur_is_a_gaussian_of_a_tenth_of_the_height() -> None:
+    x = torch.zeros(1, 1, 30, 30)
+    x[0, 0, 15, 15] = 1
+    blurred = replacement(x, "blur")[0, 0].numpy()
+    line = np.exp(-0.5 * ((np.arange(30) - 15) / 3) ** 2) * (np.abs(np.arange(30) - 15) <= 6)
+    np.testing.assert_allclose(blurred, np.outer(line, line) / line.sum() ** 2, rtol=1e-4, atol=1e-9)
+
+
+def test_unknown_fill() -> None:
+    with pytest.raises(ValueError) as error:
+        replacement(torch.zeros(1, 1, 4, 4), "inpaint")
+    assert str(error.value) == "unknown fill 'inpaint'; known: uniform, mean, constant, blur"
+
+
+# Put together ---------------------------------------------------------------------------------------------------------
+
+
+def test_masked_hits_all_channels_of_a_pixel() -> None:
+    x = torch.arange(8.0).view(1, 2, 2, 2)
+    out = masked(x, torch.tensor([[[True, False], [False, True]]]), torch.full_like(x, -1))
+    assert out.tolist() == [[[[-1, 1], [2, -1]], [[-1, 5], [6, -1]]]]

@@ -1,0 +1,525 @@
+"""The objective: each method a setting of the same sum, exact gradients from a reused graph, and an unchanged model."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import sdecor.objective
+from sdecor.decorrelation import KINDS, decorrelation
+from sdecor.masking import FILLS, lowest, masked, replacement
+from sdecor.models import build, default_layers
+from sdecor.objective import (
+    DIRECTIONS,
+    METHODS,
+    Objective,
+    Terms,
+    capture,
+    consistency,
+    frozen_statistics,
+    losses,
+)
+from sdecor.saliency import pixel_score
+from sdecor.whitening import GroupWhitening
+
+F64 = torch.float64
+BOTH = ("conv2", "fc2")
+
+
+def lenet() -> nn.Module:
+    torch.manual_seed(0)
+    return build("lenet", 1, 10, 28)
+
+
+def batch(n: int = 8, channels: int = 1, size: int = 28) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(n, channels, size, size, generator=draw), torch.randint(10, (n,), generator=draw)
+
+
+def noise(seed: int = 2) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(model: nn.Module, total: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(total, list(model.parameters())))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_six_methods() -> None:
+    weights = {m: (Objective.of(m).lambda_c, Objective.of(m).lambda_d, Objective.of(m).score) for m in METHODS}
+    assert weights == {
+        "standard": (0.0, 0.0, "absolute"),
+        "decorrelation": (0.0, 1.0, "absolute"),
+        "consistency-absolute": (1.0, 0.0, "absolute"),
+        "consistency-signed": (1.0, 0.0, "signed"),
+        "saliencydecor-absolute": (1.0, 1.0, "absolute"),
+        "saliencydecor-signed": (1.0, 1.0, "signed"),
+    }
+    o = Objective.of("saliencydecor-signed", lambda_c=0.5, lambda_d=2, fraction=0.3, fill="blur", layers=("fc2",))
+    assert (o.lambda_c, o.lambda_d, o.score, o.fraction, o.fill, o.layers) == (0.5, 2, "signed", 0.3, "blur", ("fc2",))
+    assert Objective.of("consistency-signed", score="absolute").score == "signed"  # the name decides
+    assert Objective.of("standard", lambda_c=3, lambda_d=4) == Objective.of("standard")
+    assert len({Objective.of(m) for m in METHODS}) == 6
+    assert Objective() == Objective.of("saliencydecor-absolute")
+
+
+def test_objective_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Objective().lambda_c = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lambda_c": -1}, "lambda_c must be finite and not negative, got -1"),
+        ({"lambda_c": float("nan")}, "lambda_c must be finite and not negative, got nan"),
+        ({"lambda_d": float("inf")}, "lambda_d must be finite and not negative, got inf"),
+        ({"fraction": 0}, "fraction must lie strictly between 0 and 1, got 0"),
+        ({"fraction": 1.0}, "fraction must lie strictly between 0 and 1, got 1.0"),
+        ({"fraction": float("nan")}, "fraction must lie strictly between 0 and 1, got nan"),
+        ({"score": "abs"}, "unknown score 'abs'; known: absolute, signed"),
+        ({"fill": "noise"}, "unknown fill 'noise'; known: uniform, mean, constant, blur"),
+        ({"direction": "reverse"}, "unknown direction 'reverse'; known: clean_to_masked, detached, symmetric"),
+        (
+            {"penalty": "whitening"},
+            "unknown penalty 'whitening'; known: correlation, zca, covariance, barlow, vicreg, decov",
+        ),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
+    for make in (Objective, lambda **s: Objective.of("saliencydecor-absolute", **s)):
+        if "score" in settings and make is not Objective:
+            continue
+        with pytest.raises(ValueError) as error:
+            make(**settings)
+        assert str(error.value) == message
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(ValueError) as error:
+        Objective.of("sgt")
+    assert str(error.value) == (
+        "unknown method 'sgt'; known: standard, decorrelation, consistency-absolute, consistency-signed, "
+        "saliencydecor-absolute, saliencydecor-signed"
+    )
+
+
+# The terms ------------------------------------------------------------------------------------------------------------
+
+
+def test_standard_is_plain_training_bit_for_bit() -> None:
+    x, y = batch()
+    ours, plain = lenet(), lenet()
+    for model, loss in (
+        (ours, lambda m: losses(m, x, y, Objective.of("standard")).total),
+        (plain, lambda m: cross_entropy(m(x), y)),
+    ):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    assert same(list(ours.parameters()), list(plain.parameters()))
+    terms, expected = losses(ours, x, y, Objective.of("standard")), cross_entropy(plain(x), y)
+    assert torch.equal(terms.total, expected)
+    assert same(gradients(ours, terms.total), gradients(plain, expected))
+    assert terms.consistency == 0
+    assert terms.decorrelation == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_add_up_and_each_is_what_it_says(method: str) -> None:
+    model, (x, y) = lenet(), batch()
+    o = Objective.of(method, lambda_c=0.7, lambda_d=1.3)
+    terms = losses(model, x, y, o, generator=noise())
+    assert Terms._fields == ("classification", "consistency", "decorrelation", "total")
+    c, k, d, total = (t.detach() for t in terms)
+    assert all(t.shape == () for t in terms)
+    assert torch.equal(total, c + o.lambda_c * k + o.lambda_d * d)
+    assert torch.equal(c, cross_entropy(model(x), y).detach())
+    if o.lambda_d:
+        with capture(model, BOTH) as found:
+            model(x)
+        each = [decorrelation(found[n].detach()) for n in BOTH]
+        assert torch.equal(d, torch.stack(each).mean())
+        assert d > 0
+    else:
+        assert d == 0
+    if o.lambda_c:
+        leaf = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(leaf)[torch.arange(len(y)), y].sum(), leaf)
+        blanked = masked(x, lowest(pixel_score(g, o.score), 0.5), replacement(x, generator=noise()))
+        assert torch.equal(k, consistency(model(x), model(blanked)).detach())
+        assert k > 0
+    else:
+        assert k == 0
+
+
+def test_consistency_by_hand() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]), np.array([[0.25, 0.25, 0.5], [0.9, 0.05, 0.05]])
+    clean = (torch.tensor(p).log() + 3).requires_grad_()
+    blanked = (torch.tensor(q).log() - torch.tensor([[1.0], [2.0]])).requires_grad_()
+    pq = (0.5 * np.log(2) + 0 + 0.25 * np.log(0.5)) / 2  # mean over the batch; the second image does not change
+    qp = (0.25 * np.log(0.5) + 0 + 0.5 * np.log(2)) / 2
+    expected = {"clean_to_masked": pq, "detached": pq, "symmetric": (pq + qp) / 2}
+    assert tuple(expected) == DIRECTIONS
+    for direction, value in expected.items():
+        assert consistency(clean, blanked, direction).item() == pytest.approx(value, rel=1e-12)
+    to_clean, to_masked = torch.autograd.grad(consistency(clean, blanked), [clean, blanked])
+    np.testing.assert_allclose(to_masked, (q - p) / 2, atol=1e-15)  # of KL(p || q) with respect to the logits of q
+    inner = p * (np.log(p / q) - (p * np.log(p / q)).sum(1, keepdims=True)) / 2
+    np.testing.assert_allclose(to_clean, inner, atol=1e-15)
+    detached = torch.autograd.grad(consistency(clean, blanked, "detached"), [clean, blanked], allow_unused=True)
+    assert detached[0] is None
+    assert torch.equal(detached[1], to_masked)
+    both = torch.autograd.grad(consistency(clean, blanked, "symmetric"), [clean, blanked])
+    other = torch.autograd.grad(consistency(blanked, clean), [clean, blanked])
+    np.testing.assert_allclose(both[0], (to_clean + other[0]) / 2, atol=1e-15)
+    np.testing.assert_allclose(both[1], (to_masked + other[1]) / 2, atol=1e-15)
+
+
+def test_consistency_is_zero_for_the_same_logits_and_safe_for_extreme_ones() -> None:
+    logits = torch.randn(4, 10)
+    for direction in DIRECTIONS:
+        assert consistency(logits, logits + 5, direction).abs() < 1e-6
+        assert consistency(1e4 * logits, -1e4 * logits, direction).isfinite()
+        assert consistency(logits.bfloat16(), logits.bfloat16() + 1, direction).dtype == torch.float32
+
+
+def recomputed(model: nn.Module, x: Tensor, y: Tensor, o: Objective, generator: torch.Generator) -> Tensor:
+    """The same objective with a forward and backward pass of its own just for the score."""
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(model(leaf).gather(1, y[:, None]).sum(), leaf)
+    blanked = masked(x, lowest(pixel_score(g, o.score), o.fraction), replacement(x, o.fill, generator=generator))
+    with capture(model, BOTH) as features:
+        logits = model(x)
+        total = cross_entropy(logits, y)
+        penalties = [decorrelation(features[n], kind=o.penalty, group_size=o.group_size) for n in BOTH]
+    change = consistency(logits, model(blanked), o.direction)
+    return total + o.lambda_c * change + o.lambda_d * torch.stack(penalties).mean()
+
+
+@pytest.mark.parametrize("score", ["absolute", "signed"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_reused_graph_gives_the_same_bits_as_a_separate_scoring_pass(score: str, direction: str) -> None:
+    model, (x, y) = lenet(), batch(16)
+    o = Objective(score=score, direction=direction, lambda_c=0.8, lambda_d=0.6)
+    total = losses(model, x, y, o, generator=noise()).total
+    ours = gradients(model, total)
+    separate = recomputed(model, x, y, o, noise())
+    assert torch.equal(total, separate)
+    assert same(ours, gradients(model, separate))
+    for call in ({}, {"inputs": list(model.parameters())}):  # and by backward, as in training
+        model.zero_grad()
+        losses(model, x, y, o, generator=noise()).total.backward(**call)
+        assert same([p.grad for p in model.parameters()], ours)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("penalty", KINDS)
+def test_same_bits_for_every_fill_and_penalty(fill: str, penalty: str) -> None:
+    model, (x, y) = lenet(), batch(6)
+    o = Objective(fill=fill, penalty=penalty, fraction=0.3)
+    total, separate = losses(model, x, y, o, generator=noise()).total, recomputed(model, x, y, o, noise())
+    assert same(gradients(model, total), gradients(model, separate))
+
+
+class Smooth(nn.Module):
+    """Twice differentiable, in float64, with the same kinds of layers as a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(2, 4, 3), nn.Linear(16, 6), nn.Linear(6, 3)
+        self.calls = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(torch.tanh(self.hidden(torch.tanh(self.conv(x)).flatten(1))))
+
+
+@pytest.mark.parametrize("direction", ["clean_to_masked", "symmetric"])
+@pytest.mark.parametrize("penalty", [k for k in KINDS if k != "zca"])
+def test_gradient_of_the_total_equals_finite_differences(
+    direction: str, penalty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = Smooth(), torch.randn(5, 2, 4, 4, dtype=F64), torch.tensor([0, 1, 2, 1, 0])
+    o = Objective(
+        direction=direction, penalty=penalty, group_size=2, layers=("conv", "hidden"), lambda_c=3, lambda_d=0.5
+    )
+    fixed = lowest(torch.randn(5, 4, 4), 0.5)
+    monkeypatch.setattr(sdecor.objective, "lowest", lambda score, fraction: fixed)
+
+    def total() -> Tensor:
+        return losses(model, x, y, o, generator=noise()).total
+
+    parameters, h = list(model.parameters()), 1e-6
+    analytic = gradients(model, total())
+    assert total().dtype == F64
+    for _ in range(3):
+        direction_ = [torch.randn_like(p) for p in parameters]
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, v in zip(parameters, direction_, strict=True):
+                    p.add_(v, alpha=sign * h)
+            values.append(float(total().detach()))
+            with torch.no_grad():
+                for p, v in zip(parameters, direction_, strict=True):
+                    p.sub_(v, alpha=sign * h)
+        expected = (values[0] - values[1]) / (2 * h)
+        assert sum(float((g * v).sum()) for g, v in zip(analytic, direction_, strict=True)) == pytest.approx(
+            expected, rel=1e-5, abs=1e-7
+        )
+
+
+def test_the_mask_is_a_constant() -> None:
+    """With a constant fill the masked images carry no graph to the score: double backward never happens."""
+    model, (x, y) = Smooth(), (torch.randn(5, 2, 4, 4, dtype=F64), torch.tensor([0, 1, 2, 1, 0]))
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    losses(model, x, y, Objective(fill="constant", lambda_d=0))
+    assert [s.requires_grad for s in seen] == [True, False]
+    assert seen[1].grad_fn is None
+
+
+# What the step costs and what it leaves behind ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "passes"), zip(METHODS, (1, 1, 2, 2, 2, 2), strict=True))
+def test_forward_passes(method: str, passes: int) -> None:
+    model, x, y = Smooth(), torch.randn(5, 2, 4, 4, dtype=F64), torch.tensor([0, 1, 2, 1, 0])
+    losses(model, x, y, Objective.of(method, group_size=2))
+    assert model.calls == passes
+
+
+def test_inputs_and_global_random_state_are_not_modified() -> None:
+    model, (x, y) = lenet(), batch()
+    kept, labels, state = x.clone(), y.clone(), torch.get_rng_state()
+    first, again = (losses(model, x, y, Objective(), generator=noise()).total for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, losses(model, x, y, Objective(), generator=noise(5)).total)
+    assert torch.equal(x, kept)
+    assert torch.equal(y, labels)
+    assert not x.requires_grad
+    assert x.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Recorded(TorchDispatchMode):
+    """The name of every operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def face(model: nn.Module) -> tuple[object, ...]:
+    """All that a user of the model can tell it by, except the values of its weights."""
+    x, _ = batch(2, 3, 32)
+    counter, recorded = FlopCounterMode(display=False), Recorded()
+    with torch.no_grad(), counter:
+        model.eval()(x)
+    with torch.no_grad(), recorded:
+        model(x)
+    tree = [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
+    state = [(name, tuple(v.shape), v.dtype) for name, v in model.state_dict().items()]
+    flags = [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
+    own = "forward" in vars(model)
+    return counter.get_total_flops(), recorded.names, tree, state, flags, hooks(model), repr(model), own
+
+
+@pytest.mark.parametrize("name", ["lenet", "cnn_bn"])
+def test_after_a_step_the_model_is_one_that_was_trained_plainly(name: str) -> None:
+    faces = []
+    for method in ("standard", "saliencydecor-absolute", "saliencydecor-signed"):
+        torch.manual_seed(0)
+        model = build(name, 3, 10, 32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses(model, *batch(4, 3, 32), Objective.of(method)).total.backward(inputs=list(model.parameters()))
+        optimizer.step()
+        faces.append(face(model))
+    assert faces[0][0] > 1e5
+    assert len(faces[0][1]) > 5
+    assert faces[1] == faces[0]
+    assert faces[2] == faces[0]
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    return [b.clone() for b in model.buffers()]
+
+
+def with_whitening() -> nn.Module:
+    layers = [("conv", nn.Conv2d(3, 16, 3)), ("white", GroupWhitening(16)), ("flat", nn.Flatten())]
+    return nn.Sequential(OrderedDict([*layers, ("head", nn.Linear(16 * 36, 10))]))
+
+
+@pytest.mark.parametrize("make", [lambda: build("cnn_bn", 3, 10, 8), with_whitening])
+def test_running_statistics_describe_clean_images_only(make: Callable[[], nn.Module]) -> None:
+    model, (x, y) = make(), batch(6, 3, 8)
+    plain = copy.deepcopy(model)
+    plain(x)
+    losses(model, x, y, Objective(layers=(("conv2",) if hasattr(model, "conv2") else ("conv",))))
+    assert same(statistics(model), statistics(plain))
+    assert all(getattr(m, "track_running_stats", True) for m in model.modules())
+    model.eval()
+    before = statistics(model)
+    losses(model, x, y, Objective(lambda_d=0))
+    assert same(statistics(model), before)
+
+
+def test_the_masked_pass_normalizes_with_its_own_batch() -> None:
+    model, (x, _) = build("cnn_bn", 3, 10, 8), batch(6, 3, 8)
+    expected = copy.deepcopy(model)(x)
+    with frozen_statistics(model):
+        assert torch.equal(model(x), expected)
+        model.eval()
+        in_eval = model(x)
+    assert torch.equal(model(x), in_eval)
+
+
+def test_frozen_statistics_are_restored_on_error_and_left_alone_where_off() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), GroupWhitening(16))
+    with pytest.raises(RuntimeError, match="inside"), frozen_statistics(model):
+        assert [m.track_running_stats for m in model] == [False, False, False]
+        raise RuntimeError("inside")
+    assert [m.track_running_stats for m in model] == [True, False, True]
+
+
+# Capture --------------------------------------------------------------------------------------------------------------
+
+
+def test_capture_gives_outputs_and_leaves_no_hook() -> None:
+    model, (x, _) = lenet(), batch(3)
+    with capture(model, ("fc2", "conv2")) as found:
+        assert found == {}
+        model(x)
+        assert {k: tuple(v.shape) for k, v in found.items()} == {"conv2": (3, 16, 10, 10), "fc2": (3, 80)}
+        assert torch.equal(found["conv2"], model.conv2(nn.functional.relu(nn.functional.max_pool2d(model.conv1(x), 2))))
+        assert hooks(model) == 2
+    assert hooks(model) == 0
+
+
+def test_an_open_capture_is_used_and_kept() -> None:
+    model, (x, y) = lenet(), batch()
+    o = Objective()
+    expected = losses(model, x, y, o, generator=noise()).total
+    with capture(model, default_layers(model)) as features:
+        for _ in range(2):
+            assert torch.equal(losses(model, x, y, o, generator=noise(), features=features).total, expected)
+        assert hooks(model) == 2
+
+        class Compiled(nn.Module):
+            """Names its modules as `torch.compile` does."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self._orig_mod = model
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self._orig_mod(x)
+
+        assert torch.equal(losses(Compiled(), x, y, o, generator=noise(), features=features).total, expected)
+
+
+def test_hooks_go_when_the_forward_pass_raises() -> None:
+    model, (_, y) = lenet(), batch()
+    with pytest.raises(RuntimeError):
+        losses(model, torch.randn(8, 1, 5, 5), y, Objective())
+    assert hooks(model) == 0
+
+
+class Odd(nn.Module):
+    """A layer that returns a tuple, and one that the forward pass never reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.unused, self.head = nn.LSTM(6, 16, batch_first=True), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.flatten(1, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("rnn",), "layer 'rnn' returns a tuple; decorrelation needs a tensor"),
+        (("unused",), "the forward pass did not reach the layers unused"),
+        (("head", "unused"), "the forward pass did not reach the layers unused"),
+        (("conv9",), "unknown layer 'conv9'; this model has: rnn, unused, head"),
+        (("head", "conv9"), "unknown layer 'conv9'; this model has: rnn, unused, head"),
+        (("head",), "group_size=16 does not divide the 10 channels of layer 'head'; use one of 1, 2, 5, 10"),
+    ],
+)
+def test_layers_that_cannot_be_used(layers: tuple[str, ...], message: str) -> None:
+    model, (x, y) = Odd(), batch(4, 1, 6)
+    with pytest.raises(ValueError) as error:
+        losses(model, x, y, Objective(layers=layers))
+    assert str(error.value) == message
+    assert hooks(model) == 0
+
+
+def test_tokens_cannot_be_decorrelated() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x.flatten(1, 2)).mean(1))
+
+    with pytest.raises(ValueError) as error:
+        losses(Tokens(), *batch(4, 1, 6), Objective(layers=("embed",)))
+    assert str(error.value) == (
+        "layer 'embed' gives features of shape (4, 6, 16); decorrelation needs (B, C) or (B, C, H, W)"
+    )
+
+
+def test_a_batch_of_one() -> None:
+    model, (x, y) = lenet(), batch(1)
+    with pytest.raises(ValueError) as error:
+        losses(model, x, y, Objective())
+    assert str(error.value) == (
+        "layer 'fc2' gives 1 sample of shape (1, 80); a covariance needs at least 2, so use a larger batch"
+    )
+    assert losses(model, x, y, Objective(layers=("conv2",))).total.isfinite()  # 100 positions are enough
+    assert losses(model, x, y, Objective(lambda_d=0)).total.isfinite()
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_autocast_keeps_the_terms_in_float32() -> None:
+    model, (x, y) = lenet(), batch(32)
+    plain = losses(model, x, y, Objective(), generator=noise())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        terms = losses(model, x, y, Objective(), generator=noise())
+    assert all(t.dtype == torch.float32 for t in terms)
+    for name in ("classification", "decorrelation"):
+        assert float(getattr(terms, name).detach()) == pytest.approx(float(getattr(plain, name).detach()), rel=0.02)
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model, terms.total))
