@@ -242,7 +242,8 @@ def chapter(
     while rest:
         word = rest.pop(0)
         if word == "-p" and len(rest) > 1:
-            given[rest.pop(0)] = rest.pop(0)
+            name, text, *rest = rest
+            given[name] = text
         elif word.startswith("-"):
             raise ValueError(f"unexpected '{word}'; a parameter is given as -p NAME VALUE")
         else:

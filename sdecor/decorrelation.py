@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu
+from torch.nn.functional import mse_loss, relu
 
 from sdecor.whitening import covariance, full_precision, grouped, whitening_matrix
 
@@ -35,11 +35,10 @@ def _correlation(x: Tensor) -> Tensor:
 
 
 def _zca(x: Tensor) -> Tensor:
-    mean, cov = covariance(x)
-    centred = x - mean
     with torch.no_grad():
-        white = centred @ whitening_matrix(cov).mT
-    return (centred - white).square().mean()
+        mean, cov = covariance(x)
+        white = (x - mean) @ whitening_matrix(cov).mT
+    return mse_loss(x - mean, white)  # the gradient through the mean is 0: both have mean 0
 
 
 def _covariance(x: Tensor) -> Tensor:

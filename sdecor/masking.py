@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,13 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
     flat = score.flatten(1)
-    index = flat.topk(round(fraction * flat.shape[1]), largest=False, sorted=False).indices
+    count = round(fraction * flat.shape[1])
+    if flat.device.type == "cpu" and flat.dtype == torch.float32 and count:  # several times as fast as topk, if no ties
+        values = flat.detach().numpy()
+        marked = values <= np.partition(values, count - 1, axis=1)[:, count - 1 : count]
+        if np.count_nonzero(marked) == count * len(marked):
+            return torch.from_numpy(marked).view_as(score)
+    index = flat.topk(count, largest=False, sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, True).view_as(score)
 
 
@@ -54,7 +61,7 @@ def replacement(
         ValueError: If `kind` is unknown.
     """
     if kind == "uniform":
-        low, high = torch.aminmax(x.flatten(2), dim=2)
+        low, high = x.flatten(2).amin(2), x.flatten(2).amax(2)  # twice as fast as aminmax
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None])
     if kind == "mean":

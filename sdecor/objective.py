@@ -201,7 +201,7 @@ def losses(
         with capture(model, o.layers or default_layers(model)) as features:
             return losses(model, x, y, o, generator=generator, features=features)
     if o.lambda_c > 0:
-        x = x.detach().clone().requires_grad_()
+        x = x.detach().requires_grad_()
     logits = model(x)
     classification = cross_entropy(full_precision(logits), y)
     zero = classification.new_zeros(())

@@ -50,7 +50,8 @@ def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, 
     for name, wanted in types.items():
         value = namespace[name]
         if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise TypeError(f"parameter '{name}' must be of type {wanted.__name__}, got {value!r} ({type(value).__name__})")
+            got = f"{value!r} ({type(value).__name__})"
+            raise TypeError(f"parameter '{name}' must be of type {wanted.__name__}, got {got}")
         if wanted in (int, float) and not 0 <= value < float("inf"):
             raise ValueError(f"parameter '{name}' must be finite and not negative, got {value!r}")
     preset = namespace["preset"]
@@ -103,7 +104,7 @@ def records(runs: Iterable[Run], shelf: Store, *, retrain: bool, **settings: Any
     wanted = list(runs)
     found = [shelf.record(run) for run in wanted]
     if retrain and None in found:
-        workers = settings.get("workers", 1)
+        workers = min(settings.get("workers", 1), found.count(None))
         return grid(wanted, shelf, **{**settings, "workers": workers, "threads": 1, "progress": False})
     for run, record in zip(wanted, found, strict=True):
         if record is None:

@@ -65,6 +65,24 @@ def ungrouped(x: Tensor, like: Tensor) -> Tensor:
     return flat.view(b, h, w, c).movedim(-1, 1)
 
 
+class _Covariance(torch.autograd.Function):
+    """Covariance of samples given their mean; its gradient takes one product where autograd would take two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor) -> Tensor:
+        centred = x - mean
+        ctx.save_for_backward(centred)
+        return centred.mT @ centred / x.shape[1]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (centred,) = ctx.saved_tensors
+        g = grads[0] / centred.shape[1]
+        d = centred @ (g + g.mT)
+        return d - d.mean(1, keepdim=True), None
+
+
 def covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of each group.
 
@@ -72,11 +90,11 @@ def covariance(x: Tensor) -> tuple[Tensor, Tensor]:
         x: Grouped samples ``(G, N, g)``.
 
     Returns:
-        Mean ``(G, 1, g)`` and covariance ``(G, g, g)``, both divided by ``N``.
+        Mean ``(G, 1, g)`` and covariance ``(G, g, g)``, both divided by ``N``. The latter is differentiable once.
     """
     mean = x.mean(1, keepdim=True)
-    centred = x - mean
-    return mean, centred.mT @ centred / x.shape[1]
+    cov: Tensor = _Covariance.apply(x, mean.detach())  # type: ignore[no-untyped-call]
+    return mean, cov
 
 
 class _InverseSqrt(torch.autograd.Function):

@@ -257,6 +257,16 @@ def test_every_symbol_has_one_row() -> None:
     assert not [s for s, times in Counter(rows).items() if times > 1]
 
 
+def test_names_beside_the_symbols_are_in_the_code() -> None:
+    known = set(re.findall(r"\w+", "\n".join(read(p) for p in (ROOT / "sdecor").rglob("*.py"))))
+    cells = re.findall(r"^\| \$.*\| ([^|]+) \|$", read(BOOK / "back/notation.md"), re.MULTILINE)
+    named = {
+        word for cell in cells for code in re.findall(r"`([^`]+)`", cell) for word in re.findall(r"[A-Za-z_]{2,}", code)
+    }
+    assert len(named) > 20
+    assert not named - known
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
 def test_notebook_is_its_source_executed(notebook: Path) -> None:
     assert pair_problems(notebook.with_suffix(".md"), notebook) == []

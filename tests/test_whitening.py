@@ -139,7 +139,7 @@ def test_five_steps_of_iternorm_are_not_white_where_the_default_is() -> None:
         errors.append(off)
         assert off[2] < 1e-6
     mean = np.mean(errors, 0)
-    assert 0.37 < mean[0] < 0.57  # 0.47 at condition number 100, IterNorm as published
+    assert 0.42 < mean[0] < 0.63  # IterNorm as published: 0.53 on average over rotations, 0.4 to 0.7 for a single one
     assert mean[1] > 0.2  # dividing by the Frobenius norm helps, but not enough
 
 

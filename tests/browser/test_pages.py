@@ -134,7 +134,7 @@ def test_page(browser: Any, site: str, name: str) -> None:
             width = visit.ask("document.documentElement.scrollWidth")
             assert width <= size["width"], f"{width} px wide on a screen of {size['width']}"
         visit.page.emulate_media(color_scheme="dark")
-        assert visit.ask("document.documentElement.dataset.theme") == "dark"
+        visit.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
         grounds = visit.every("article img", "getComputedStyle(e).backgroundColor + ' ' + getComputedStyle(e).filter")
         assert set(grounds) <= {"rgb(255, 255, 255) none"}, "figures without a light ground, or with changed colours"
 

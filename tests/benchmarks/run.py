@@ -1,0 +1,146 @@
+"""What a training step costs, as a multiple of a plain one: ``python tests/benchmarks/run.py [--rounds N]``.
+
+One process, one thread, CPU time, all candidates in turn in every round, medians over the rounds; so what else the
+machine does disturbs the ratios little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from captum.attr import Saliency
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from sdecor.data import load
+from sdecor.measures.suite import measure
+from sdecor.models import build, default_layers
+from sdecor.objective import METHODS, Objective, capture, losses
+
+Step = Callable[[], None]
+
+
+def fresh(name: str, x: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = build(name, x.shape[1], 10, x.shape[-1]).to(memory_format=torch.channels_last)
+    return model.train(), torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def ours(name: str, x: Tensor, y: Tensor, objective: Objective) -> Step:
+    """A step as `sdecor.training.fit` takes it."""
+    model, optimizer = fresh(name, x)
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with capture(model, default_layers(model) if objective.lambda_d > 0 else ()) as features:
+            terms = losses(
+                model, x, y, objective, generator=generator, features=features if objective.lambda_d > 0 else None
+            )
+        terms.total.backward(inputs=parameters)
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+
+    return step
+
+
+def public(name: str, x: Tensor, y: Tensor, fraction: float = 0.5) -> Step:
+    """A step with the structure of the public code of saliency-guided training (arXiv:2111.14338), in our words.
+
+    The score comes from a forward and a backward pass of its own in evaluation mode, images are masked one by one in a
+    Python loop with noise from NumPy, and the clean images ask for a gradient in the second pass too.
+    """
+    model, optimizer = fresh(name, x)
+    count = int(fraction * x[0].numel())
+
+    def step() -> None:
+        data = x.clone().requires_grad_()
+        model.eval()
+        score = Saliency(model).attribute(data, y, abs=False).mean(1).detach().flatten(1)
+        lowest = score.topk(count, dim=1, largest=False).indices
+        masked = data.detach().clone().flatten(1)
+        for i in range(len(masked)):
+            low, high = masked[i].min().item(), masked[i].max().item()
+            masked[i][lowest[i]] = torch.Tensor(np.random.uniform(low, high, len(lowest[i])))
+        model.train()
+        optimizer.zero_grad()
+        clean, other = (log_softmax(model(batch), 1) for batch in (data, masked.view(x.shape)))
+        loss = cross_entropy(clean, y) + kl_div(other, clean, reduction="batchmean", log_target=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each, after two rounds to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 2):
+        for name, step in steps.items():
+            started = time.process_time()
+            step()
+            seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(values[2:]) for name, values in seconds.items()}
+
+
+def profile(step: Step) -> str:
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(5):
+            step()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--model", default="lenet")
+    parser.add_argument("--profile", action="store_true", help="show where a SaliencyDecor step spends its time")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load("digits").subset(given.batch_size)
+    x, y = data.normalized(), data.labels
+
+    def method(name: str, **settings: str) -> Step:
+        return ours(given.model, x, y, Objective.of(name, **settings))
+
+    if given.profile:
+        print(profile(method("saliencydecor-absolute")))
+        return
+    steps = {name: method(name) for name in METHODS}
+    steps["decorrelation, zca"] = method("decorrelation", penalty="zca")
+    steps["saliencydecor-absolute, zca"] = method("saliencydecor-absolute", penalty="zca")
+    steps["public saliency-guided code"] = public(given.model, x, y)
+    seconds = medians(steps, given.rounds)
+    plain, full = seconds["standard"], seconds["saliencydecor-absolute"]
+    print(f"{given.model}, batch {len(x)}, {given.rounds} rounds, one thread, torch {torch.__version__}")
+    print(f"{'step':32s} {'ms':>7s} {'of plain':>9s}")
+    for name, value in seconds.items():
+        print(f"{name:32s} {1e3 * value:7.2f} {value / plain:9.2f}")
+    whitening = seconds["decorrelation, zca"] - plain
+    both = seconds["saliencydecor-absolute, zca"] - seconds["consistency-absolute"]
+    for name, value, bound in (
+        ("SaliencyDecor / plain", full / plain, "<= 3.0"),
+        ("public code / SaliencyDecor", seconds["public saliency-guided code"] / full, ">= 1.5"),
+        ("whitening D(Z) / plain step", whitening / plain, "<= 0.10"),
+        ("whitening D(Z) / full step", both / seconds["consistency-absolute"], "<= 0.10"),
+    ):
+        print(f"{name:32s} {value:17.2f}  should be {bound}")
+    test = load("digits", split="test")
+    model, _ = fresh(given.model, x)
+    for masking in (False, True):
+        started = time.process_time()
+        measure(model, test, masking=masking)
+        spent = (time.process_time() - started) / len(test)
+        print(f"{'all measures' if masking else 'measures without masked accuracy':32s} {1e3 * spent:7.2f} ms an image")
+
+
+if __name__ == "__main__":
+    main()
