@@ -63,7 +63,7 @@ def replacement(
     if kind == "uniform":
         low, high = x.flatten(2).amin(2), x.flatten(2).amax(2)  # twice as fast as aminmax
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None])
+        return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None], out=noise)
     if kind == "mean":
         return x.mean((2, 3), keepdim=True).expand_as(x)
     if kind == "constant":

@@ -72,7 +72,7 @@ def gradient_gallery(images: Tensor, scores: Mapping[str, Tensor], *, fraction: 
     """
     n = len(images)
     rows, columns = len(scores) + 1, 2 * n
-    figure, axes = plt.subplots(rows, columns, figsize=(columns + 1.6, 1.05 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns + 1, rows), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
@@ -82,7 +82,7 @@ def gradient_gallery(images: Tensor, scores: Mapping[str, Tensor], *, fraction: 
         axes[0, 2 * i + 1].set_visible(False)
     axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center")
     for row, (label, score) in enumerate(scores.items(), start=1):
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+        axes[row, 0].set_ylabel(label.replace(", ", ",\n"), rotation=0, ha="right", va="center")
         strongest = top_share(score, fraction)
         for i in range(n):
             for j, values in enumerate((strongest[i], score[i])):

@@ -80,7 +80,7 @@ class _Covariance(torch.autograd.Function):
         (centred,) = ctx.saved_tensors
         g = grads[0] / centred.shape[1]
         d = centred @ (g + g.mT)
-        return d - d.mean(1, keepdim=True), None
+        return d.sub_(d.mean(1, keepdim=True)), None
 
 
 def covariance(x: Tensor) -> tuple[Tensor, Tensor]:

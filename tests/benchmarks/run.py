@@ -17,7 +17,7 @@ from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from sdecor.data import load
+from sdecor.data import ImageData, load
 from sdecor.measures.suite import measure
 from sdecor.models import build, default_layers
 from sdecor.objective import METHODS, Objective, capture, losses
@@ -25,19 +25,28 @@ from sdecor.objective import METHODS, Objective, capture, losses
 Step = Callable[[], None]
 
 
-def fresh(name: str, x: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+def fresh(
+    name: str, data: ImageData, layout: torch.memory_format = torch.channels_last
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = build(name, x.shape[1], 10, x.shape[-1]).to(memory_format=torch.channels_last)
+    model = build(name, data.channels, data.num_classes, data.image_size).to(memory_format=layout)
     return model.train(), torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def ours(name: str, x: Tensor, y: Tensor, objective: Objective) -> Step:
+def batch(data: ImageData) -> tuple[Tensor, Tensor]:
+    """All of `data` as one batch in a new order: fetching it is part of a step."""
+    return next(iter(data.batches(len(data), shuffle=True)))
+
+
+def ours(name: str, data: ImageData, objective: Objective) -> Step:
     """A step as `sdecor.training.fit` takes it."""
-    model, optimizer = fresh(name, x)
+    model, optimizer = fresh(name, data)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
+        x, y = batch(data)
+        x = x.to(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
         with capture(model, default_layers(model) if objective.lambda_d > 0 else ()) as features:
             terms = losses(
@@ -50,27 +59,29 @@ def ours(name: str, x: Tensor, y: Tensor, objective: Objective) -> Step:
     return step
 
 
-def public(name: str, x: Tensor, y: Tensor, fraction: float = 0.5) -> Step:
+def public(name: str, data: ImageData, layout: torch.memory_format, fraction: float = 0.5) -> Step:
     """A step with the structure of the public code of saliency-guided training (arXiv:2111.14338), in our words.
 
     The score comes from a forward and a backward pass of its own in evaluation mode, images are masked one by one in a
-    Python loop with noise from NumPy, and the clean images ask for a gradient in the second pass too.
+    Python loop with noise from NumPy, and the clean images ask for a gradient in the second pass too. Its tensors have
+    torch's default layout; ours, `torch.channels_last`, is the better half of what we gain on a CPU.
     """
-    model, optimizer = fresh(name, x)
-    count = int(fraction * x[0].numel())
+    model, optimizer = fresh(name, data, layout)
+    count = int(fraction * data.images[0].numel())
 
     def step() -> None:
-        data = x.clone().requires_grad_()
+        x, y = batch(data)
+        x.requires_grad_()
         model.eval()
-        score = Saliency(model).attribute(data, y, abs=False).mean(1).detach().flatten(1)
+        score = Saliency(model).attribute(x, y, abs=False).mean(1).detach().flatten(1)
         lowest = score.topk(count, dim=1, largest=False).indices
-        masked = data.detach().clone().flatten(1)
+        masked = x.detach().clone().flatten(1)
         for i in range(len(masked)):
             low, high = masked[i].min().item(), masked[i].max().item()
             masked[i][lowest[i]] = torch.Tensor(np.random.uniform(low, high, len(lowest[i])))
         model.train()
         optimizer.zero_grad()
-        clean, other = (log_softmax(model(batch), 1) for batch in (data, masked.view(x.shape)))
+        clean, other = (log_softmax(model(images), 1) for images in (x, masked.view(x.shape)))
         loss = cross_entropy(clean, y) + kl_div(other, clean, reduction="batchmean", log_target=True)
         loss.backward()
         optimizer.step()
@@ -106,10 +117,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     data = load("digits").subset(given.batch_size)
-    x, y = data.normalized(), data.labels
 
     def method(name: str, **settings: str) -> Step:
-        return ours(given.model, x, y, Objective.of(name, **settings))
+        return ours(given.model, data, Objective.of(name, **settings))
 
     if given.profile:
         print(profile(method("saliencydecor-absolute")))
@@ -117,10 +127,11 @@ def main() -> None:
     steps = {name: method(name) for name in METHODS}
     steps["decorrelation, zca"] = method("decorrelation", penalty="zca")
     steps["saliencydecor-absolute, zca"] = method("saliencydecor-absolute", penalty="zca")
-    steps["public saliency-guided code"] = public(given.model, x, y)
+    steps["public saliency-guided code"] = public(given.model, data, torch.contiguous_format)
+    steps["the same in our memory layout"] = public(given.model, data, torch.channels_last)
     seconds = medians(steps, given.rounds)
     plain, full = seconds["standard"], seconds["saliencydecor-absolute"]
-    print(f"{given.model}, batch {len(x)}, {given.rounds} rounds, one thread, torch {torch.__version__}")
+    print(f"{given.model}, batch {len(data)}, {given.rounds} rounds, one thread, torch {torch.__version__}")
     print(f"{'step':32s} {'ms':>7s} {'of plain':>9s}")
     for name, value in seconds.items():
         print(f"{name:32s} {1e3 * value:7.2f} {value / plain:9.2f}")
@@ -129,12 +140,13 @@ def main() -> None:
     for name, value, bound in (
         ("SaliencyDecor / plain", full / plain, "<= 3.0"),
         ("public code / SaliencyDecor", seconds["public saliency-guided code"] / full, ">= 1.5"),
-        ("whitening D(Z) / plain step", whitening / plain, "<= 0.10"),
-        ("whitening D(Z) / full step", both / seconds["consistency-absolute"], "<= 0.10"),
+        ("the same in our memory layout", seconds["the same in our memory layout"] / full, ""),
+        ("whitening D(Z) / plain step", whitening / plain, ""),
+        ("whitening D(Z) / SaliencyDecor", both / seconds["consistency-absolute"], "<= 0.10"),
     ):
-        print(f"{name:32s} {value:17.2f}  should be {bound}")
+        print(f"{name:32s} {value:17.2f}" + (f"  should be {bound}" if bound else ""))
     test = load("digits", split="test")
-    model, _ = fresh(given.model, x)
+    model, _ = fresh(given.model, data)
     for masking in (False, True):
         started = time.process_time()
         measure(model, test, masking=masking)
