@@ -9,7 +9,6 @@ import ast
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -107,8 +106,12 @@ def _with_settings(*without: str) -> Callable[[Callable[..., None]], Callable[..
                 metavar=None if kind == "bool" else _METAVARS.get(kind, kind.replace(" | None", "|none").upper()),
                 show_default=False,
             )
-            hint = Annotated[bool | None if kind == "bool" else str | None, option]
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+            hint: Any = bool | None if kind == "bool" else str | None
+            parameters.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option]
+                )
+            )
 
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:
@@ -134,7 +137,7 @@ def train(settings: dict[str, Any], shelf: Store, how: dict[str, Any]) -> None:
     record = execute(run, shelf, **how)
     assert record is not None  # it would be None only if we had not waited for another process
     typer.echo(f"{run.method} on {run.data}, seed {run.seed}: {run.key} in {shelf.root}")
-    for name, value in record.metrics.items():
+    for name, value in sorted(record.metrics.items()):
         typer.echo(f"  {name:24s} {value:.4f}")
 
 
@@ -151,8 +154,9 @@ def grid(
 ) -> None:
     """Do every method with every seed; stop it at any moment, start it again, and it goes on."""
     from sdecor import experiment
+    from sdecor.objective import METHODS
 
-    chosen = experiment.METHODS if methods == "all" else methods.split(",")
+    chosen = METHODS if methods == "all" else methods.split(",")
     runs = experiment.method_grid(_numbers(seeds), chosen, **settings)
 
     def count() -> None:
@@ -217,10 +221,10 @@ def _table(shelf: Store, data: str) -> str:
     for description, records in zip(described, groups.values(), strict=True):
         row = {name: description[name] for name in (*named, *differ)}
         row["seeds"] = ",".join(str(seed) for seed in sorted(r.run.seed for r in records))
-        for name in records[0].metrics:
-            if values := [r.metrics[name] for r in records if name in r.metrics]:
-                mean, sd = summary(values)
-                row[name] = f"{mean:.4f} ± {sd:.4f}" if len(values) > 1 else f"{mean:.4f}"
+        for name in sorted({name for r in records for name in r.metrics}):
+            values = [r.metrics[name] for r in records if name in r.metrics]
+            mean, sd = summary(values)
+            row[name] = f"{mean:.4f} ± {sd:.4f}" if len(values) > 1 else f"{mean:.4f}"
         rows.append(row)
     table = pd.DataFrame(rows).fillna("–").sort_values([*named, *differ], key=lambda column: column.map(str))
     return table.to_string(index=False)
@@ -295,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

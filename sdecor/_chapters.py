@@ -46,7 +46,7 @@ def is_stale(name: str) -> bool:
     path = _path(name)
     if not path.exists():
         return True
-    pair = (_source(path), nbformat.read(path, as_version=4))
+    pair = (_source(path), nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
     source, notebook = ([(c.cell_type, c.source, dict(c.metadata)) for c in n.cells] for n in pair)
     return source != notebook
 
@@ -90,7 +90,7 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = papermill.execute_notebook(
-            nbformat.from_dict(source),
+            nbformat.from_dict(source),  # type: ignore[no-untyped-call]
             target,
             values,
             kernel_name="python3",
@@ -105,7 +105,7 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
     for cell, original in zip(done.cells, _source(committed).cells, strict=True):
         cell.metadata, cell.id = original.metadata, original.id
     done.metadata = {"kernelspec": source.metadata["kernelspec"], "language_info": _KEPT}
-    nbformat.write(done, committed)
+    nbformat.write(done, committed)  # type: ignore[no-untyped-call]
     target.unlink()
     target.parent.rmdir()
     return committed

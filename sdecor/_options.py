@@ -10,8 +10,11 @@ Values = dict[str, tuple[str, Any]]
 
 def annotated(body: list[ast.stmt]) -> Values:
     """Name to type and default of every ``name: type = literal`` among these statements."""
-    found = [s for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) and s.value is not None]
-    return {ast.unparse(s.target): (ast.unparse(s.annotation), ast.literal_eval(ast.unparse(s.value))) for s in found}
+    return {
+        s.target.id: (ast.unparse(s.annotation), ast.literal_eval(s.value))
+        for s in body
+        if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) and s.value is not None
+    }
 
 
 def typed(name: str, kind: str, text: str) -> Any:

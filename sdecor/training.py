@@ -243,7 +243,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(where.type, torch.bfloat16, enabled=amp):
                     terms = losses(forward, x, y, objective, generator=noise, features=features if layers else None)
-                terms.total.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+                terms.total.backward(inputs=parameters)
                 if plan.clip is not None:
                     nn.utils.clip_grad_norm_(parameters, plan.clip)
                 optimizer.step()

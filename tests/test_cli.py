@@ -217,7 +217,8 @@ def test_workers_that_fail_end_with_code_1(tmp_path: Path, monkeypatch: pytest.M
         ),
         (
             ["--data", "magic"],
-            "unknown data set 'magic'; known: mnist, cifar10, caltech101, digits, shapes, or an image folder (folder:PATH)",
+            "unknown data set 'magic'; known: mnist, cifar10, caltech101, digits, shapes, "
+            "or an image folder (folder:PATH)",
         ),
         (
             ["--method", "decorrelation", "--layers", "fc9"],

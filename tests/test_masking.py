@@ -168,3 +168,15 @@ def test_masked_hits_all_channels_of_a_pixel() -> None:
     x = torch.arange(8.0).view(1, 2, 2, 2)
     out = masked(x, torch.tensor([[[True, False], [False, True]]]), torch.full_like(x, -1))
     assert out.tolist() == [[[[-1, 1], [2, -1]], [[-1, 5], [6, -1]]]]
+
+
+@pytest.mark.parametrize("levels", [2, 5, 10**6])
+def test_lowest_marks_what_topk_finds_with_ties_and_without(levels: int) -> None:
+    score = torch.randint(levels, (16, 12, 12)).float() / levels
+    for fraction in (0.001, 0.01, 0.5, 0.77, 0.999):
+        mask, count = lowest(score, fraction), round(fraction * 144)
+        assert mask.dtype == torch.bool
+        assert mask.sum((1, 2)).tolist() == [count] * 16
+        ranked = score.flatten(1).sort(1).values
+        found = score.masked_fill(~mask, 2.0).flatten(1).sort(1).values
+        assert torch.equal(found[:, :count], ranked[:, :count])

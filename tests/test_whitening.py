@@ -456,3 +456,15 @@ def test_the_group_sizes_offered_work(channels: int, g: int) -> None:
         offered = [int(d) for d in str(error).split("use one of ")[1].split(", ")]
         assert g not in offered
         assert [grouped(z, d).shape[2] for d in offered] == offered
+
+
+def test_the_gradient_of_covariance_is_that_of_its_formula() -> None:
+    x = torch.randn(3, 40, 5, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(3, 5, 5, dtype=torch.float64)
+    centred = x - x.mean(1, keepdim=True)
+    (expected,) = torch.autograd.grad(((centred.mT @ centred / 40) * weight).sum(), x)
+    mean, cov = covariance(x)
+    (found,) = torch.autograd.grad((cov * weight).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert gradcheck(lambda v: [part.square().sum() for part in covariance(v)], x)
+    assert torch.autograd.grad(mean.sum(), x)[0].unique().tolist() == [1 / 40]
