@@ -75,7 +75,7 @@ class _Covariance(torch.autograd.Function):
         return centred.mT @ centred / x.shape[1]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (centred,) = ctx.saved_tensors
         g = grads[0] / centred.shape[1]
