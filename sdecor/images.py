@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def augmented(x: Tensor, how: str, generator: torch.Generator | None = None) -> 
     return x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1).contiguous()
 
 
-class _Images:
+class _Images(ABC):
     """What both kinds have in common; their batches are equal, bit for bit."""
 
     labels: Tensor
@@ -85,9 +86,9 @@ class _Images:
         """Number of classes; every label lies below it."""
         return len(self.classes)
 
+    @abstractmethod
     def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the uint8 images and the labels at each of the index vectors `parts`."""
-        raise NotImplementedError
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
