@@ -1,4 +1,4 @@
-"""The command line: ``sdecor train | grid | show | chapter | data``, also as ``python -m sdecor``.
+"""The command line: ``sdecor train | grid | measure | show | chapter | data``, also as ``python -m sdecor``.
 
 Heavy imports wait for the command that needs them, so that ``sdecor --help`` is quick.
 """
@@ -53,7 +53,7 @@ def _settings() -> tuple[Values, dict[str, str]]:
     """The fields of `Run` and what they mean, from the sources: importing them would import torch."""
     helps: dict[str, str] = {}
     values: Values = {}
-    for file, name in (("training", "Schedule"), ("objective", "Objective"), ("experiment", "Run")):
+    for file, name in (("training", "Schedule"), ("objective", "Objective"), ("runs", "Run")):
         tree = ast.parse((_HERE / f"{file}.py").read_text(encoding="utf-8"))
         node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
         values = annotated(node.body)
@@ -178,6 +178,27 @@ def _numbers(text: str) -> list[int]:
         raise ValueError(f"seeds must look like 0-4 or 0,1,2, got '{text}'")
     ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
     return [n for end in ends for n in range(end[0], end[-1] + 1)]
+
+
+@app.command()
+def measure(
+    store: StoreOption = "",
+    data: Annotated[str, typer.Option(help="Only runs on this data set.")] = "",
+    data_root: RootOption = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+) -> None:
+    """Measure all finished runs again, with the measures of this version; needs their weights, trains nothing."""
+    from sdecor.evaluation import measure_again
+
+    shelf = _store(store, data_root)
+    runs = [record.run for record in shelf.records() if data in ("", record.run.data)]
+    todo = [run for run in runs if shelf.path("weights", run, ".safetensors").exists()]
+    if not todo:
+        raise ValueError(f"no weights{f' of {data}' if data else ''} in {shelf.root}; name another folder with --store")
+    for run in todo:
+        measure_again(run, shelf, root=data_root or None, device=device)
+        typer.echo(f"{run.method} on {run.data}, seed {run.seed}: {run.key}")
+    typer.echo(f"{len(todo)} runs measured, {len(runs) - len(todo)} without weights left as they were")
 
 
 @app.command()

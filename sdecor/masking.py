@@ -1,4 +1,4 @@
-"""Masking: choose the least salient pixels of each image and replace them."""
+"""Masking: choose the least salient pixels of each image and replace them, or fill them in from their neighbours."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
 
 
 def replacement(
-    x: Tensor, kind: str = "uniform", *, value: float = 0.0, generator: torch.Generator | None = None
+    x: Tensor,
+    kind: str = "uniform",
+    *,
+    value: float = 0.0,
+    common: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """What masked pixels are replaced with.
 
@@ -52,7 +57,9 @@ def replacement(
         kind: ``uniform`` noise between the least and the greatest value of the same image and channel; ``mean`` of the
             image and channel; ``constant``, the given `value`; ``blur``, a Gaussian blur of sigma ``H / 10``.
         value: For ``constant``, in the units of `x` (0 is the mean pixel of normalized images).
-        generator: Source of the noise, on the device of `x`.
+        common: For ``uniform``, the same noise for every image, scaled to its range, so that an image's fill does not
+            depend on the images beside it.
+        generator: Source of the noise, on any device.
 
     Returns:
         Tensor of the shape of `x`.
@@ -62,7 +69,10 @@ def replacement(
     """
     if kind == "uniform":
         low, high = x.flatten(2).amin(2), x.flatten(2).amax(2)  # twice as fast as aminmax
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        device = x.device if generator is None else generator.device
+        noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=x.dtype).to(x.device)
+        if common:
+            return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None])
         return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None], out=noise)
     if kind == "mean":
         return x.mean((2, 3), keepdim=True).expand_as(x)
@@ -90,3 +100,77 @@ def masked(x: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
         Images ``(B, C, H, W)``.
     """
     return torch.where(mask.unsqueeze(1), fill, x)
+
+
+def impute(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    noise: float = 0.01,
+    tolerance: float = 1e-10,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill masked pixels in smoothly from those around them, so that the mask's shape tells a model little.
+
+    Every masked pixel is the weighted mean of its neighbours, masked or not (1/6 for each of the four beside it, 1/12
+    for each diagonal one, in proportion at the border), plus Gaussian noise.
+
+    Args:
+        x: Images ``(B, C, H, W)``; not modified, and their masked values do not matter.
+        mask: Boolean ``(B, H, W)``, True where a pixel is to be replaced. An image that is masked whole becomes the
+            mean of each of its channels.
+        noise: Standard deviation of the noise, in units of `x`; the draws are common to all images.
+        tolerance: Relative residual at which each image and channel counts as solved.
+        generator: Source of the noise, on any device.
+
+    Returns:
+        Tensor like `x`, solved in float64.
+
+    Raises:
+        ValueError: If `mask` is not boolean or not of the images' shape.
+
+    Source:
+        Rong et al. 2022 (arXiv:2202.00449), noisy linear imputation.
+    """
+    if mask.shape != (x.shape[0], *x.shape[2:]) or mask.dtype != torch.bool:
+        expected = (x.shape[0], *x.shape[2:])
+        raise ValueError(f"mask must be boolean of shape {expected}, got {tuple(mask.shape)} of {mask.dtype}")
+    size = len(x) if x.is_cuda else 2**16 // x.shape[1:].numel()  # on a CPU as many images as its cache holds
+    parts = zip(x.split(max(size, 1)), mask.unsqueeze(1).split(max(size, 1)), strict=True)
+    out = torch.cat([_harmonic(a.double(), b, tolerance) for a, b in parts]).to(x.dtype)
+    if noise:
+        device = x.device if generator is None else generator.device
+        jitter = noise * torch.randn(x.shape[1:], generator=generator, device=device, dtype=x.dtype).to(x.device)
+        out += jitter * mask.unsqueeze(1)
+    return torch.where(mask.unsqueeze(1), out, x)
+
+
+def _harmonic(x: Tensor, mask: Tensor, tolerance: float) -> Tensor:
+    """Solve for the masked pixels, each row times its pixel's sum of weights: symmetric and positive definite."""
+    known = ~mask | mask.all(3, keepdim=True).all(2, keepdim=True)
+    mean = torch.where(known, x, 0).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
+    degree = _spread(torch.ones_like(x[:1, :1]))
+    inside = mask.double()
+    residual = _spread((x - mean).masked_fill(mask, 0)).mul_(inside)
+    solution, direction = torch.zeros_like(x), residual.clone()
+    square = (residual * residual).sum((2, 3), keepdim=True)
+    enough = tolerance**2 * square
+    while (active := square > enough).any():  # conjugate gradients, of each image and channel by itself
+        image = (degree * direction).sub_(_spread(direction)).mul_(inside)
+        step = torch.where(active, square / (direction * image).sum((2, 3), keepdim=True), 0)
+        solution.addcmul_(step, direction)
+        residual.addcmul_(-step, image)
+        before, square = square, (residual * residual).sum((2, 3), keepdim=True)
+        direction.mul_(torch.where(active, square / before, 0)).add_(residual)
+    return solution + mean
+
+
+def _spread(x: Tensor) -> Tensor:
+    """12 times the weighted sum of neighbours, plus 4 times the pixel itself, which makes the kernel separable."""
+    rows = 2 * x
+    rows[..., 1:, :] += x[..., :-1, :]
+    rows[..., :-1, :] += x[..., 1:, :]
+    both = 2 * rows
+    both[..., 1:] += rows[..., :-1]
+    both[..., :-1] += rows[..., 1:]
+    return both

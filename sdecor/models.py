@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 MODELS = ("lenet", "cnn_bn", "resnet18", "vgg11_bn", "vit")
@@ -33,17 +32,23 @@ class LeNet(nn.Module):
         _at_least("lenet", image_size, 12)
         side = (image_size // 2 - 4) // 2
         self.conv1 = nn.Conv2d(in_channels, 8, 5, padding=2)
+        self.pool1 = nn.MaxPool2d(2)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(8, 16, 5)
+        self.pool2 = nn.MaxPool2d(2)
+        self.relu2 = nn.ReLU()
         self.fc1 = nn.Linear(16 * side * side, 128)
+        self.relu3 = nn.ReLU()
         self.fc2 = nn.Linear(128, 80)
+        self.relu4 = nn.ReLU()
         self.fc3 = nn.Linear(80, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, K)."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # the same as pooling last, on a quarter of the numbers
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        x = F.relu(self.fc1(x.flatten(1)))
-        x = F.relu(self.fc2(x))
+        x = self.relu1(self.pool1(self.conv1(x)))  # the same as pooling last, on a quarter of the numbers
+        x = self.relu2(self.pool2(self.conv2(x)))
+        x = self.relu3(self.fc1(x.flatten(1)))
+        x = self.relu4(self.fc2(x))
         logits: Tensor = self.fc3(x)
         return logits
 

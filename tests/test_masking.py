@@ -6,12 +6,13 @@ import doctest
 
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdecor.masking
-from sdecor.masking import FILLS, lowest, masked, replacement
+from sdecor.masking import FILLS, impute, lowest, masked, replacement
 
 
 def test_examples_in_docstrings() -> None:
@@ -180,3 +181,121 @@ def test_lowest_marks_what_topk_finds_with_ties_and_without(levels: int) -> None
         ranked = score.flatten(1).sort(1).values
         found = score.masked_fill(~mask, 2.0).flatten(1).sort(1).values
         assert torch.equal(found[:, :count], ranked[:, :count])
+
+
+# Filled in from the neighbours ----------------------------------------------------------------------------------------
+
+WEIGHTS = {(dy, dx): 1 / 6 if 0 in (dy, dx) else 1 / 12 for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx}
+
+
+def plainly_solved(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """One channel (H, W): a row per masked pixel, which is the mean of its neighbours inside the image."""
+    number = {tuple(place): i for i, place in enumerate(np.argwhere(mask))}
+    system, right = scipy.sparse.lil_matrix((len(number), len(number))), np.zeros(len(number))
+    for (y, x), i in number.items():
+        inside = {(y + dy, x + dx): w for (dy, dx), w in WEIGHTS.items()
+                  if 0 <= y + dy < mask.shape[0] and 0 <= x + dx < mask.shape[1]}  # fmt: skip
+        system[i, i] = 1
+        for place, weight in inside.items():
+            share = weight / sum(inside.values())
+            if mask[place]:
+                system[i, number[place]] -= share
+            else:
+                right[i] += share * image[place]
+    out = image.copy()
+    out[mask] = scipy.sparse.linalg.spsolve(system.tocsc(), right)
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    h=st.integers(2, 12), w=st.integers(2, 12), fraction=st.floats(0.05, 0.98),
+    offset=st.sampled_from([0.0, 1e3]), blocks=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_imputation_solves_the_plain_system(
+    h: int, w: int, fraction: float, offset: float, blocks: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 2, h, w, generator=generator, dtype=torch.float64) + offset
+    mask = torch.rand(3, h, w, generator=generator) < fraction
+    if blocks:
+        mask[1] = True
+        mask[1, -1, 0] = mask[1, 0, 0] = False  # two corners know all
+        mask[2] = False
+    mask[:, 0, 1] = False
+    kept = x.clone(), mask.clone()
+    out = impute(x, mask, noise=0)
+    assert torch.equal(x, kept[0]) and torch.equal(mask, kept[1])
+    for image, where, result in zip(x, mask, out, strict=True):
+        for channel, filled in zip(image, result, strict=True):
+            expected = plainly_solved(channel.numpy(), where.numpy()) if where.any() else channel.numpy()
+            np.testing.assert_allclose(filled, expected, rtol=1e-9, atol=1e-6)
+    masked_by_nan = x.masked_fill(mask.unsqueeze(1), torch.nan)
+    assert torch.equal(impute(masked_by_nan, mask, noise=0), out)  # what is masked does not matter
+    close_to = impute(x[[2, 0]], mask[[2, 0]], noise=0)
+    assert torch.equal(close_to, out[[2, 0]])  # nor does what else is in the batch
+
+
+def test_imputation_against_quantus() -> None:
+    functions = pytest.importorskip(
+        "quantus.functions.perturb_func", reason="Quantus does not import here", exc_type=ImportError
+    )
+    x = torch.rand(4, 3, 9, 7, dtype=torch.float64)
+    mask = torch.rand(4, 9, 7) < 0.6
+    out = impute(x, mask, noise=0)
+    for image, where, result in zip(x, mask, out, strict=True):
+        indices = where.flatten().nonzero()[:, 0].numpy()
+        theirs = functions.noisy_linear_imputation(image.numpy(), indices, noise=0)
+        np.testing.assert_allclose(result, theirs, atol=1e-6)
+
+
+def test_imputation_by_hand() -> None:
+    x = torch.tensor([[[[6.0, 12, 0], [0, 99, 24], [0, 0, 12]]]])
+    mask = torch.zeros(1, 3, 3, dtype=torch.bool)
+    mask[0, 1, 1] = True
+    assert impute(x, mask, noise=0)[0, 0, 1, 1].item() == pytest.approx((12 + 24) / 6 + (6 + 12) / 12)
+    mask = mask.roll((-1, -1), (1, 2))  # a corner: 1/6 of 12, 1/6 of 0, 1/12 of 99, out of 5/12
+    assert impute(x, mask, noise=0)[0, 0, 0, 0].item() == pytest.approx((12 / 6 + 99 / 12) / (5 / 12))
+
+
+def test_imputation_of_a_whole_image_and_of_none() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    mask = torch.tensor([True, False]).view(2, 1, 1).expand(2, 8, 8)
+    out = impute(x, mask, noise=0)
+    torch.testing.assert_close(out[0], x[0].mean((1, 2), keepdim=True).expand(3, 8, 8))
+    assert torch.equal(out[1], x[1])
+    assert impute(x[:0], mask[:0]).shape == (0, 3, 8, 8)
+    assert impute(x.bfloat16(), mask).dtype == torch.bfloat16
+    zeros = torch.zeros(1, 1, 8, 8)
+    assert torch.equal(impute(zeros, mask[:1], noise=0), zeros)
+
+
+def test_noise_of_imputation() -> None:
+    x, mask = torch.randn(2, 1, 100, 100), torch.rand(2, 100, 100) < 0.7
+    smooth = impute(x, mask, noise=0)
+    noisy = impute(x, mask, noise=0.3, generator=torch.Generator().manual_seed(1))
+    difference = noisy - smooth
+    assert torch.equal(noisy[~mask[:, None]], x[~mask[:, None]])
+    assert difference[mask[:, None]].std().item() == pytest.approx(0.3, rel=0.05)
+    both = (mask[0] & mask[1])[None]
+    torch.testing.assert_close(difference[0][both], difference[1][both])  # common to all images
+    assert torch.equal(noisy, impute(x, mask, noise=0.3, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 4, 5, dtype=torch.bool), torch.ones(2, 4, 4)])
+def test_bad_mask_of_imputation(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError) as error:
+        impute(torch.zeros(2, 1, 4, 4), mask)
+    expected = f"mask must be boolean of shape (2, 4, 4), got {tuple(mask.shape)} of {mask.dtype}"
+    assert str(error.value) == expected
+
+
+def test_common_noise_is_scaled_to_each_image() -> None:
+    x = torch.rand(3, 2, 5, 5) * torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1, 1)
+    fill = replacement(x, common=True, generator=torch.Generator().manual_seed(0))
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    noise = (fill - low) / (high - low)
+    torch.testing.assert_close(noise[0], noise[1])
+    torch.testing.assert_close(noise[0], noise[2])
+    alone = replacement(x[2:], common=True, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(alone, fill[2:])

@@ -61,7 +61,9 @@ def test_other_images(name: str, channels: int, size: int) -> None:
 
 def test_lenet_is_as_documented() -> None:
     model = build("lenet", 1, 10, 28)
-    assert [name for name, _ in model.named_children()] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
+    layers = "conv1 pool1 relu1 conv2 pool2 relu2 fc1 relu3 fc2 relu4 fc3"
+    assert " ".join(name for name, _ in model.named_children()) == layers
+    assert [k.removesuffix(".weight") for k in model.state_dict()][::2] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
     assert sum(p.numel() for p in model.parameters()) == 208 + 3216 + 51328 + 10320 + 810
     x = torch.rand(1, 1, 28, 28)
     features = nn.Sequential(model.conv1, nn.ReLU(), nn.MaxPool2d(2), model.conv2, nn.ReLU(), nn.MaxPool2d(2))
@@ -123,7 +125,8 @@ def test_unknown_layer() -> None:
     for name in ("conv9", ""):
         with pytest.raises(ValueError) as caught:
             layer(model, name)
-        assert str(caught.value) == f"unknown layer '{name}'; this model has: conv1, conv2, fc1, fc2, fc3"
+        known = "conv1, pool1, relu1, conv2, pool2, relu2, fc1, relu3, fc2, relu4, fc3"
+        assert str(caught.value) == f"unknown layer '{name}'; this model has: {known}"
 
 
 def test_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 
-def shares(attribution: Tensor) -> Tensor:
-    """Check a non-negative attribution (B, H, W) and give each pixel's share of its map, (B, H * W) in float64.
-
-    A map of zeros has no shares: its row is NaN.
-    """
+def non_negative(attribution: Tensor) -> Tensor:
+    """Check a non-negative attribution (B, H, W) and give it as (B, H * W) in float64."""
     if attribution.ndim != 3:
         raise ValueError(f"attribution must have shape (B, H, W), got {tuple(attribution.shape)}")
     if attribution.shape[1:].numel() == 0:
@@ -21,6 +18,15 @@ def shares(attribution: Tensor) -> Tensor:
         raise ValueError(
             f"attribution must be non-negative, its smallest value is {flat.min().item():.4g}; pass its absolute value"
         )
+    return flat
+
+
+def shares(attribution: Tensor) -> Tensor:
+    """Check a non-negative attribution (B, H, W) and give each pixel's share of its map, (B, H * W) in float64.
+
+    A map of zeros has no shares: its row is NaN.
+    """
+    flat = non_negative(attribution)
     scaled = flat / flat.amax(1, keepdim=True)  # first by the peak: the sum of very large values would overflow
     return scaled / scaled.sum(1, keepdim=True)
 

@@ -1,12 +1,13 @@
-"""How correlated the features of a layer are, measured on held-out data.
+"""How correlated the features of a layer are, and how alike those of two layers, measured on held-out data.
 
-Features are (N, C), or (N, C, H, W), where every position counts as a sample. Both measures look at the features only
+Features are (N, C), or (N, C, H, W), where every position counts as a sample. All measures look at the features only
 through their covariance, so that a data set of any size is measured in one pass, batch by batch: see `Covariance`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -127,13 +128,119 @@ def effective_rank(features: Tensor | Covariance) -> Tensor:
         >>> round(effective_rank(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])).item(), 6)
         2.0
     """
-    matrix = _matrix(features)
-    eigenvalues = torch.linalg.eigvalsh(matrix)
-    # rounding leaves eigenvalues of about 1e-16 of the largest where 0 is meant; the root would make 1e-8 of them
-    floor = eigenvalues[-1] * len(matrix) * torch.finfo(torch.float64).eps
-    singular = torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()
+    singular = _eigenvalues(features).sqrt()
     share = singular / singular.sum()
     return torch.exp(-torch.xlogy(share, share).sum())
+
+
+def participation_ratio(features: Tensor | Covariance) -> Tensor:
+    """Participation ratio: how many directions share the variance, by their squares; higher is more evenly spread.
+
+    With the eigenvalues l of the covariance it is (sum l)^2 / sum l^2: 1 if all features are multiples of one, C if all
+    directions have equal variance. Small directions count less than in `effective_rank`. N samples of C independent
+    features of equal variance score not C but about N C / (N + C).
+
+    Args:
+        features: (N, C) or (N, C, H, W), or the `Covariance` of a whole data set.
+
+    Returns:
+        Scalar, float64 in [1, C]; NaN if no feature varies.
+
+    Raises:
+        ValueError: see `Covariance.update`.
+
+    Source: Gao et al. 2017, doi:10.1101/214262.
+
+    Example:
+        >>> round(participation_ratio(torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])).item(), 6)
+        1.219512
+    """
+    matrix = _matrix(features)
+    return (matrix / matrix.trace()).square().sum().reciprocal()
+
+
+def condition_number(features: Tensor | Covariance) -> Tensor:
+    """Condition number of the covariance, its largest eigenvalue over its smallest; lower is whiter, and 1 is white.
+
+    It depends on the scale of each feature. Samples too few for the features raise it: N samples of C independent
+    features of equal variance have about ((1 + r) / (1 - r))^2 with r = sqrt(C / N), and with N <= C samples the
+    centred features span fewer than C directions, so that it is infinite whatever the features.
+
+    Args:
+        features: (N, C) or (N, C, H, W), or the `Covariance` of a whole data set.
+
+    Returns:
+        Scalar, float64, at least 1; infinite if the covariance is singular up to rounding (a feature is constant or a
+        sum of others), NaN if no feature varies.
+
+    Raises:
+        ValueError: see `Covariance.update`.
+
+    Source: for the value of independent features Marchenko and Pastur 1967, doi:10.1070/SM1967v001n04ABEH001994.
+
+    Example:
+        >>> round(condition_number(torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])).item(), 6)
+        9.0
+    """
+    eigenvalues = _eigenvalues(features)
+    return eigenvalues[-1] / eigenvalues[0]
+
+
+@overload
+def cka(a: Tensor, b: Tensor) -> Tensor: ...
+@overload
+def cka(a: Covariance, b: int) -> Tensor: ...
+def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
+    """Linear centred kernel alignment: how alike two sets of features of the same samples are; higher is more alike.
+
+    It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, and 0 if no feature of one
+    correlates with one of the other; a general invertible map changes it. Two independent sets score not 0 but about
+    sqrt(A B / ((N + A) (N + B))) if they have A and B white features of N samples: near 1 where samples are few.
+
+    Args:
+        a: (N, A) or (N, A, H, W), where every position is a sample; or the `Covariance` of both sets side by side,
+            `torch.cat([a, b], 1)`, of a whole data set.
+        b: (N, B) or (N, B, H, W) of the same samples; or A, the number of features of the first set, if `a` is a
+            `Covariance`.
+
+    Returns:
+        Scalar, float64 in [0, 1]; NaN if one set is constant.
+
+    Raises:
+        ValueError: sets of other samples, a number A that leaves one set empty, or see `Covariance.update`.
+
+    Source: Kornblith et al. 2019, arXiv:1905.00414.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+        >>> round(cka(a, torch.cat([a, b], 1)).item(), 6)
+        0.707107
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        both = _samples(a, None), _samples(b, None)
+        if (len(a), a.shape[2:]) != (len(b), b.shape[2:]):
+            raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; only their channels may differ")
+        matrix, channels = _matrix(torch.cat(both, 1)), a.shape[1]
+    elif isinstance(a, Covariance) and isinstance(b, int):
+        matrix, channels = a.matrix, b
+    else:
+        raise ValueError(
+            "cka takes two tensors, or the Covariance of both sets side by side and the number of features of the "
+            f"first, got {type(a).__name__} and {type(b).__name__}"
+        )
+    if not 0 < channels < len(matrix):
+        raise ValueError(f"{channels} of {len(matrix)} features are of the first set; each set needs at least one")
+    squares = matrix.square()
+    within = squares[:channels, :channels].sum().sqrt() * squares[channels:, channels:].sum().sqrt()
+    return (squares[:channels, channels:].sum() / within).clamp(max=1)
+
+
+def _eigenvalues(features: Tensor | Covariance) -> Tensor:
+    """Eigenvalues of the covariance, ascending, 0 where rounding leaves about 1e-16 of the largest."""
+    matrix = _matrix(features)
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    floor = eigenvalues[-1] * len(matrix) * torch.finfo(torch.float64).eps
+    return torch.where(eigenvalues > floor, eigenvalues, 0)
 
 
 def _matrix(features: Tensor | Covariance) -> Tensor:

@@ -1,0 +1,555 @@
+"""Faithfulness: what the model is shown, scores by hand, Quantus and captum as oracles, and what is refused."""
+
+from __future__ import annotations
+
+import doctest
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import captum.metrics
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maps import close
+from torch import Tensor, nn
+
+from sdecor.masking import FILLS, impute
+from sdecor.measures import _perturbation, faithfulness, masked_accuracy
+from sdecor.measures.faithfulness import (
+    SHARES,
+    STEPS,
+    area_between,
+    comprehensiveness,
+    deletion,
+    faithfulness_correlation,
+    infidelity,
+    insertion,
+    monotonicity,
+    perturbation_curve,
+    sufficiency,
+)
+
+TENTHS = [i / 8 for i in range(9)]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Masked accuracy
+
+
+class Brightest(nn.Module):
+    """The class is the brightest pixel; notes every batch and its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.9)
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        assert not torch.is_grad_enabled()
+        logits: Tensor = self.drop(x.mean(1).flatten(1)) * self.weight
+        return logits
+
+
+@pytest.fixture
+def scene() -> tuple[Brightest, Tensor, Tensor, Tensor]:
+    """Images whose class is their brightest pixel, and the score that ranks pixels by brightness."""
+    images = torch.rand(7, 2, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    return Brightest(), images, images.mean(1).flatten(1).argmax(1), images.mean(1)
+
+
+def test_masking_by_hand() -> None:
+    model = Brightest()
+    images = torch.tensor([[[[4.0, 3.0], [2.0, 1.0]]], [[[1.0, 2.0], [3.0, 9.0]]]])
+    labels = torch.tensor([0, 3])
+    score = torch.tensor([[[1.0, 9.0], [5.0, 7.0]], [[-1.0, -2.0], [-4.0, 8.0]]])
+    most = masked_accuracy(model, images, labels, score, [0, 0.25, 0.5, 0.75, 1], torch.tensor(-1.0))
+    assert most.tolist() == [[1, 1], [1, 0], [1, 0], [1, 0], [1, 0]]  # all replaced: argmax takes the first pixel
+    assert [image[0].flatten().tolist() for image in torch.cat(model.seen)[:8:2]] == [
+        [4, 3, 2, 1],
+        [4, -1, 2, 1],
+        [4, -1, 2, -1],
+        [4, -1, -1, -1],
+    ]
+    model.seen.clear()
+    least = masked_accuracy(model, images, labels, score, [0.5], torch.tensor(-1.0), order="least")
+    assert least.tolist() == [[0, 1]]
+    assert [image[0].flatten().tolist() for image in model.seen[0]] == [[-1, 3, -1, 1], [1, -1, -1, 9]]
+
+
+def test_masking_puts_the_replacement_there(scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
+    model, images, labels, score = scene
+    fill = torch.randn(images.shape)
+    inputs = [t.clone() for t in (images, labels, score, fill)]
+    masked_accuracy(model, images, labels, score, [1 / 3], fill)
+    replaced = model.seen[0] != images
+    assert torch.equal(model.seen[0], torch.where(replaced, fill, images))
+    assert (replaced.sum((2, 3)) == 3).all()
+    assert (replaced[:, 0] == replaced[:, 1]).all()
+    highest = score.flatten(1).topk(3).indices
+    assert replaced[:, 0].flatten(1).gather(1, highest).all()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, (images, labels, score, fill), strict=True))
+
+
+@pytest.mark.parametrize("order", ["most", "least", "random"])
+def test_masking_does_not_depend_on_the_chunk(order: str, scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
+    model, images, labels, score = scene
+    results = []
+    for batch_size in (1, 3, 7, 100):
+        for s in (score, torch.ones_like(score)):
+            generator = torch.Generator().manual_seed(5)
+            out = masked_accuracy(
+                model,
+                images,
+                labels,
+                s,
+                [0.2, 0.6],
+                images * -1,
+                order=order,
+                batch_size=batch_size,
+                generator=generator,
+            )
+            assert out.shape == (2, 7)
+            results.append(out)
+    assert all(torch.equal(results[0], r) for r in results[::2])
+    assert all(torch.equal(results[1], r) for r in results[1::2])
+
+
+def test_equal_scores_come_in_random_order() -> None:
+    count = 4000
+    shuffle = torch.rand(count, 10, generator=seeded()).argsort(1)
+    rank = _perturbation.places(torch.zeros(count, 10), "most", shuffle)
+    assert (rank.sort(1).values == torch.arange(10)).all()
+    share = (rank < 5).double().mean(0)  # each place comes first half of the time, within five standard errors
+    assert ((share - 0.5).abs() < 5 * 0.5 / count**0.5).all()
+    assert torch.equal(rank, _perturbation.places(torch.rand(count, 10), "random", shuffle))
+
+
+def test_accuracy_is_the_curve_of_correct_predictions(scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
+    model, images, labels, score = scene
+    accuracy = masked_accuracy(model, images, labels, score, STEPS, images.flip(0))
+    curve = perturbation_curve(model, images, labels, score, fill=images.flip(0), output="correct")
+    assert torch.equal(accuracy, curve.T.float())
+
+
+def test_masking_restores_the_model(scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
+    model, images, labels, score = scene
+    model.train()
+    model.drop.eval()
+    out = masked_accuracy(model, images, labels, score, [0.0], images)
+    assert out.eq(1).all()
+    assert (model.training, model.drop.training, model.weight.requires_grad) == (True, False, True)
+    with pytest.raises(ValueError, match="labels must lie"):
+        masked_accuracy(model, images, labels + 5, score, [0.0], images)
+    assert (model.training, model.drop.training) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": torch.ones(2, 3, 3)}, "images must have shape (B, C, H, W), got (2, 3, 3)"),
+        ({"labels": torch.tensor([0, 0, 0])}, "labels must be 7 whole numbers, got shape (3,) of torch.int64"),
+        ({"labels": torch.zeros(7)}, "labels must be 7 whole numbers, got shape (7,) of torch.float32"),
+        ({"labels": torch.full((7,), 9)}, "labels must lie in 0..8, got 9..9"),
+        ({"labels": torch.full((7,), -1)}, "labels must lie in 0..8, got -1..-1"),
+        ({"score": torch.ones(7, 2, 3, 3)}, "score has shape (7, 2, 3, 3), these images need (7, 3, 3)"),
+        ({"score": torch.full((7, 3, 3), math.nan)}, "score has NaN in 7 of 7 rows (the first is row 0)"),
+        ({"fractions": [0.5, 1.5]}, "fractions must lie in [0, 1], got 1.5"),
+        (
+            {"replacement": torch.ones(3, 3, 3)},
+            "replacement has shape (3, 3, 3), images (7, 2, 3, 3); it must broadcast to that",
+        ),
+        ({"order": "best"}, "unknown order 'best'; known: most, least, random"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_masking(changes: dict[str, object], message: str, scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
+    model, images, labels, score = scene
+    arguments = {"images": images, "labels": labels, "score": score, "fractions": [0.5], "replacement": images}
+    with pytest.raises(ValueError) as caught:
+        masked_accuracy(model, **(arguments | changes))
+    assert str(caught.value) == message
+
+
+# Curves
+
+
+def linear(channels: int = 1, side: int = 4, classes: int = 3) -> nn.Module:
+    """Logits that are weighted sums of pixels; the first layer's weights are (K, C * H * W)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes)).double()
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A small network that learned which quarter is bright, images of 8 x 8, predictions, and its gradients."""
+    generator = seeded()
+    images = torch.rand(64, 2, 8, 8, generator=generator, dtype=torch.float64)
+    labels = torch.arange(64) % 4
+    quarter = torch.nn.functional.one_hot(labels, 4).view(-1, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images += quarter
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    some = images[:9].clone().requires_grad_()
+    logits = model(some)
+    assert (logits.argmax(1) == labels[:9]).all()
+    gradient = torch.autograd.grad(logits.gather(1, labels[:9, None]).sum(), some)[0]
+    attribution = (gradient * images[:9]).sum(1)
+    return model, images[:9], labels[:9], attribution + 1e-9 * torch.rand(9, 8, 8, generator=generator)  # breaks ties
+
+
+@pytest.fixture(params=["trained", "random"])
+def case(request: pytest.FixtureRequest, trained: tuple[nn.Module, Tensor, Tensor, Tensor]) -> Any:
+    model, images, target, attribution = trained
+    if request.param == "trained":
+        return model, images, target, attribution
+    return model, torch.randn_like(images), target.flip(0), torch.randn_like(attribution)
+
+
+def test_a_linear_model_falls_by_what_is_taken_away() -> None:
+    model = linear()
+    images = torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    target = torch.tensor([0, 1, 2, 0, 1])
+    contribution = (model[1].weight[target].view(5, 4, 4) * (images[:, 0] - 0.3)).detach()
+    ordered = contribution.flatten(1).sort(1, descending=True).values
+    whole = model(images).gather(1, target[:, None]).detach()
+    removed = torch.cat([torch.zeros(5, 1), ordered.cumsum(1)], 1)[:, ::2]
+    run = partial(perturbation_curve, model, images, target, contribution, fractions=TENTHS, output="logit")
+    run = partial(run, fill="constant", fill_value=0.3)
+    close(run(), whole - removed)
+    close(run(insert=True), whole - removed[:, -1:] + removed)
+    rising = torch.cat([torch.zeros(5, 1), ordered.flip(1).cumsum(1)], 1)[:, ::2]
+    close(run(order="least"), whole - rising)
+    logits = model(images - 0)
+    close(run(output="probability")[:, 0], logits.softmax(1).gather(1, target[:, None])[:, 0])
+    assert torch.equal(run(output="correct")[:, 0], (logits.argmax(1) == target).double())
+    # what a trapezoid rule gives for that curve, and the shares of DeYoung et al. by hand
+    close(deletion(run(), TENTHS), ((run()[:, 1:] + run()[:, :-1]) / 16).sum(1))
+    assert (monotonicity(run()[:, : int((ordered[0] > 0).sum()) // 2 + 1])[0] == 1).all()
+
+
+def test_patches_go_together_by_their_mean() -> None:
+    model = linear()
+    images = torch.arange(1.0, 17, dtype=torch.float64).view(1, 1, 4, 4)
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    attribution = torch.zeros(1, 4, 4)
+    attribution[0, :2, 2:] = torch.tensor([[9.0, -8.0], [0.0, 1.0]])  # sum 2
+    attribution[0, 2, 0] = 3
+    perturbation_curve(
+        model, images, torch.tensor([0]), attribution, fill="constant", fractions=[0.25, 0.5], patch=2, batch_size=1
+    )
+    assert seen[0].flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 11, 12, 0, 0, 15, 16]
+    assert seen[1].flatten().tolist() == [1, 2, 0, 0, 5, 6, 0, 0, 0, 0, 11, 12, 0, 0, 15, 16]
+
+
+class InDouble(nn.Sequential):
+    """Takes the float32 that Quantus makes of everything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x.double())
+        return out
+
+
+def quantus_scores(metric: str, case: tuple[nn.Module, Tensor, Tensor, Tensor], **options: Any) -> Tensor:
+    """What Quantus says, of its own copies, with probabilities and black pixels."""
+    quantus = pytest.importorskip("quantus", reason="Quantus does not import here", exc_type=ImportError)
+    model, images, target, attribution = case
+    call = {"x_batch": images.numpy().copy(), "y_batch": target.numpy(), "a_batch": attribution[:, None].numpy().copy()}
+    given = {"perturb_baseline": 0.0, "abs": False, "normalise": False, "disable_warnings": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.tensor(
+            np.array(getattr(quantus, metric)(**(given | options))(model=InDouble(model).eval(), **call, device="cpu", softmax=True))
+        )
+
+
+def test_curves_against_quantus_pixel_flipping(case: Any) -> None:
+    # it flips values, not pixels: of two channels with one attribution, both at once as long as there are no ties
+    close(
+        perturbation_curve(*case, fill="constant", fractions=TENTHS[1:]),
+        quantus_scores("PixelFlipping", case, features_in_step=16),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("morf", "most"), ("lerf", "least")])
+def test_curves_against_quantus_region_perturbation(case: Any, theirs: str, ours: str) -> None:
+    curve = perturbation_curve(*case, fill="constant", order=ours, fractions=[i / 16 for i in range(17)], patch=2)
+    drop = quantus_scores("RegionPerturbation", case, patch_size=2, regions_evaluation=16, order=theirs)
+    close(curve[:, :1] - curve[:, 1:], drop, 1e-6)
+
+
+def test_monotonicity_against_quantus(case: Any) -> None:
+    model, images, target, attribution = case
+    state = iter(range(10**6))
+
+    def put_back(arr: np.ndarray, indices: np.ndarray, **_: object) -> np.ndarray:
+        next(state)
+        out = arr.copy()
+        np.put_along_axis(out, indices, np.take_along_axis(images.flatten(1).numpy(), indices, 1), 1)
+        return out
+
+    curve = perturbation_curve(*case, fill="constant", fractions=TENTHS)
+    ours = monotonicity(curve[:, :-1])  # Quantus does not look at the image of which nothing is put back
+    theirs = quantus_scores("Monotonicity", case, features_in_step=16, perturb_func=put_back)
+    assert torch.equal(ours == 1, theirs.bool())
+    assert next(state) == 8
+    # as it comes, Quantus puts the baseline in place of the baseline: nothing ever changes, and all is monotone
+    assert quantus_scores("Monotonicity", case, features_in_step=16).all()
+
+
+def test_monotonicity_is_sometimes_one_and_sometimes_not(trained: Any) -> None:
+    model, images, target, attribution = trained
+    easy = linear(2, 8, 4)
+    with torch.no_grad():
+        easy[1].weight[target[0]] = 1
+    curve = perturbation_curve(easy, images, target[:1].expand(9), attribution, fill="constant", output="logit")
+    assert (monotonicity(curve) == 1).all()
+    assert (monotonicity(-curve) == 0).all()
+
+
+def test_correlation_against_quantus(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, target, attribution = case
+    samples, size = 30, 13
+    ours = faithfulness_correlation(*case, samples=samples, share=0.2, fill="constant", generator=seeded(1))
+    rows = torch.rand(samples + 1, 64, generator=seeded(1)).argsort(1)[1:] < size
+    subsets = iter(row.nonzero()[:, 0].repeat(2).add(torch.arange(2).repeat_interleave(size) * 64).numpy()
+                   for row in rows for _ in images)  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(np.random, "choice", lambda *_, **__: next(subsets))
+        theirs = quantus_scores(
+            "FaithfulnessCorrelation", case, nr_runs=samples, subset_size=2 * size, return_aggregate=False
+        )
+    close(ours, theirs, 1e-6)
+    assert ((ours >= -1) & (ours <= 1)).all()
+
+
+def test_correlation_of_a_linear_model_is_one() -> None:
+    model, images, target = linear(3), torch.rand(4, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    contribution = (model[1].weight[target].view(4, 3, 4, 4) * images).sum(1).detach()
+    run = partial(faithfulness_correlation, model, images, target, fill="constant", output="logit")
+    close(run(contribution), torch.ones(4), 1e-9)
+    close(run(-7 * contribution), -torch.ones(4), 1e-9)
+    assert run(torch.zeros(4, 4, 4)).isnan().all()
+    assert run(torch.full((4, 4, 4), 0.1)).isnan().all()
+    assert faithfulness_correlation(model, images, target, contribution, fill=images).isnan().all()
+
+
+# Infidelity
+
+
+def test_infidelity_against_captum(case: Any) -> None:
+    model, images, target, _ = case
+    attribution = torch.randn_like(images)
+    noise = 0.2 * torch.randn(6, 2, 8, 8, generator=seeded(3), dtype=torch.float64)
+
+    def perturb(x: Tensor) -> tuple[Tensor, Tensor]:
+        change = noise.repeat(len(x) // 6, 1, 1, 1)
+        return change, x - change
+
+    for normalize in (True, False):
+        ours = infidelity(model, images, target, attribution, noise=0.2, samples=6, normalize=normalize, seed=3)
+        theirs = captum.metrics.infidelity(
+            model, perturb, images, attribution, target=target, n_perturb_samples=6, normalize=normalize
+        ).detach()
+        close(ours, theirs, 1e-9)
+        by_hand = torch.stack([model(images) - model(images - n) for n in noise])[:, range(9), target].detach()
+        sums = (noise[:, None] * attribution).flatten(2).sum(2)
+        scale = (sums * by_hand).sum(0) / (sums**2).sum(0) if normalize else 1
+        close(ours, ((scale * sums - by_hand) ** 2).mean(0), 1e-9)
+
+
+def test_infidelity_of_a_linear_model() -> None:
+    model, images, target = linear(3), torch.rand(4, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    weight = model[1].weight[target].view(4, 3, 4, 4).detach()
+    for attribution in (weight, weight.sum(1)):  # of whole pixels: the same noise in all channels
+        close(infidelity(model, images, target, attribution, normalize=False), torch.zeros(4))
+        close(infidelity(model, images, target, -3 * attribution), torch.zeros(4))
+        assert (infidelity(model, images, target, attribution.flip(0)) > 1e-6).any()
+    nothing = infidelity(model, images, target, torch.zeros(4, 4, 4), samples=2000, noise=0.5)
+    close(nothing, 0.25 * (weight.sum(1) ** 2).sum((1, 2)), 0.15)
+
+
+# Scores
+
+
+def test_scores_by_hand() -> None:
+    curve = torch.tensor([[1.0, 0.8, 0.2, 0.0]], dtype=torch.float64)
+    fractions = [0, 0.25, 0.5, 1]
+    close(deletion(curve, fractions), [0.25 * 0.9 + 0.25 * 0.5 + 0.5 * 0.1])
+    close(insertion(curve.flip(1), fractions), [0.25 * 0.1 + 0.25 * 0.5 + 0.5 * 0.9])
+    close(area_between(curve, torch.ones(1, 4), fractions), [0.6])
+    close(comprehensiveness(curve), [(0.2 + 0.8 + 1) / 3])
+    close(sufficiency(curve.flip(1)), [(0.2 + 0.8 + 1) / 3])
+    close(monotonicity(torch.tensor([[3.0, 3, 1, 2, 0]])), [0.75])
+    assert comprehensiveness(curve[:, :1]).isnan() and monotonicity(curve[:, :1]).isnan()
+    with pytest.raises(ValueError) as caught:
+        deletion(curve)
+    assert str(caught.value) == "curve must have shape (B, 11), one column per share, got (1, 4)"
+
+
+@pytest.mark.parametrize("fill", [*FILLS, "linear"])
+def test_all_scores_in_one_run(fill: str, case: Any) -> None:
+    model, images, target, attribution = case
+    run = partial(perturbation_curve, *case, fill=fill)
+    most, least = run(generator=seeded()), run(order="least", generator=seeded())
+    back = run(insert=True, generator=seeded())
+    close(back, least.flip(1), 1e-9)  # one fill, no ties: the mirror image
+    close(area_between(most, least), insertion(back) - deletion(most), 1e-9)
+    rows = 0
+
+    def count(_: nn.Module, x: tuple[Tensor]) -> None:
+        nonlocal rows
+        rows += len(x[0])
+
+    handle = model.register_forward_pre_hook(count)
+    scores = faithfulness.faithfulness(*case, fill=fill, generator=seeded())
+    handle.remove()
+    # 13 shares are replaced and 13 kept, and of those the whole image and the wholly replaced one come twice
+    assert rows == 9 * (13 + 11)
+    close(scores["deletion"], deletion(most), 1e-9)
+    close(scores["insertion"], insertion(back), 1e-9)
+    close(scores["area_between"], area_between(most, least), 1e-9)
+    close(scores["comprehensiveness"], comprehensiveness(run(fractions=(0, *SHARES), generator=seeded())), 1e-9)
+    kept = run(fractions=(*SHARES, 1), insert=True, generator=seeded())
+    close(scores["sufficiency"], sufficiency(kept), 1e-9)
+    close(scores["monotonicity"], monotonicity(most))
+
+
+def test_a_good_map_scores_better_than_a_random_one(trained: Any) -> None:
+    model, images, target, attribution = trained
+    good = faithfulness.faithfulness(*trained, fill="mean")
+    bad = faithfulness.faithfulness(model, images, target, -attribution, fill="mean")
+    for name, sign in {"deletion": -1, "insertion": 1, "area_between": 1, "comprehensiveness": 1}.items():
+        assert sign * good[name].mean() > sign * bad[name].mean(), name
+    assert good["sufficiency"].mean() < bad["sufficiency"].mean()
+    close(good["area_between"], -bad["area_between"], 1e-9)
+
+
+# Invariances
+
+MEASURES = {
+    "uniform": partial(perturbation_curve, fill="uniform"),
+    "linear": partial(perturbation_curve, fill="linear", patch=2),
+    "random": partial(perturbation_curve, fill="mean", order="random", insert=True),
+    "scores": lambda *a, **k: torch.stack(list(faithfulness.faithfulness(*a, **k).values()), 1),
+    "correlation": partial(faithfulness_correlation, samples=7),
+    "infidelity": lambda *a, generator, **k: infidelity(*a, samples=7, **k),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 99), batch_size=st.sampled_from([1, 2, 5, 30]), levels=st.sampled_from([0, 2, 10**6]))
+def test_invariances(name: str, trained: Any, seed: int, batch_size: int, levels: int) -> None:
+    """Neither the images beside it, nor their order, nor the chunk decides over an image's score, ties or not."""
+    model, images, target, _ = trained
+    attribution = torch.randint(levels + 1, (9, 8, 8), generator=seeded(seed)).double() - levels / 2
+    inputs = images, target, attribution
+    copies = [t.clone() for t in inputs]
+    state = torch.get_rng_state()
+    model.train()
+    model[1].eval()
+    whole = MEASURES[name](model, *inputs, generator=seeded(seed))
+    assert model.training and model[0].training and not model[1].training
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+    assert len(whole) == 9 and whole.dtype == torch.float64
+    order = torch.randperm(9, generator=seeded(seed))[:5]
+    part = MEASURES[name](model, *(t[order] for t in inputs), batch_size=batch_size, generator=seeded(seed))
+    close(part, whole[order], 1e-9)
+    empty = MEASURES[name](model, *(t[:0] for t in inputs), generator=seeded(seed))
+    assert empty.shape == whole[:0].shape
+
+
+@pytest.mark.parametrize("name", ["uniform", "linear", "scores", "correlation"])
+def test_only_the_order_matters(name: str, trained: Any) -> None:
+    model, images, target, attribution = trained
+    whole = MEASURES[name](model, images, target, attribution, generator=seeded())
+    scaled = attribution * 8 if name in ("linear", "correlation") else attribution**3 * 8
+    close(MEASURES[name](model, images, target, scaled, generator=seeded()), whole, 1e-9)
+
+
+def test_what_fills(trained: Any) -> None:
+    model, images, target, attribution = trained
+    everything = torch.ones(9, 8, 8, dtype=torch.bool)
+    curve = partial(perturbation_curve, *trained, fractions=[1.0])
+    close(curve(fill=torch.tensor(0.5).double()), curve(fill="constant", fill_value=0.5))
+    close(curve(fill=images.mean((2, 3), keepdim=True)), curve(fill="mean"))
+    close(curve(fill="linear", generator=seeded()), curve(fill=impute(images, everything, generator=seeded())), 1e-9)
+    assert curve(fill="uniform", generator=seeded(1)).ne(curve(fill="uniform", generator=seeded(2))).any()
+    close(perturbation_curve(*trained, fractions=[0.0], fill="blur"), perturbation_curve(*trained, fractions=[0.0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": torch.ones(2, 3, 3)}, "images must have shape (B, C, H, W), got (2, 3, 3)"),
+        ({"target": torch.zeros(9)}, "target must be 9 whole numbers, got shape (9,) of torch.float32"),
+        ({"target": torch.full((9,), 4)}, "target must lie in 0..3, got 4..4"),
+        ({"attribution": torch.ones(9, 4)}, "attribution has shape (9, 4), these images need (9, 8, 8)"),
+        (
+            {"attribution": torch.full((9, 8, 8), math.inf)},
+            "attribution has infinity in 9 of 9 rows (the first is row 0)",
+        ),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"fractions": [-0.5]}, "fractions must lie in [0, 1], got -0.5"),
+        ({"order": "best"}, "unknown order 'best'; known: most, least, random"),
+        ({"output": "loss"}, "unknown output 'loss'; known: probability, logit, correct"),
+        ({"fill": "noise"}, "unknown fill 'noise'; known: uniform, mean, constant, blur, linear, or a tensor"),
+        ({"fill": torch.ones(3, 8, 8)}, "fill has shape (3, 8, 8), images (9, 2, 8, 8); it must broadcast to that"),
+        ({"patch": 3}, "patch=3 does not divide images of 8 x 8 pixels"),
+        ({"patch": 0}, "patch=0 does not divide images of 8 x 8 pixels"),
+    ],
+)
+def test_bad_curves(changes: dict[str, Any], message: str, trained: Any) -> None:
+    arguments = dict(zip(("images", "target", "attribution"), trained[1:], strict=True)) | changes
+    functions = [perturbation_curve]
+    if not {"fractions", "order"} & changes.keys():
+        functions.append(faithfulness.faithfulness)
+    if not {"fractions", "order", "patch"} & changes.keys():
+        functions.append(faithfulness_correlation)
+    if not {"fractions", "order", "patch", "output", "fill", "attribution"} & changes.keys():
+        functions.append(infidelity)
+    for function in functions:
+        with pytest.raises(ValueError) as caught:
+            function(trained[0], **arguments)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(faithfulness_correlation, samples=1), "samples must be at least 2, got 1"),
+        (partial(faithfulness_correlation, share=1), "share must lie between 0 and 1, both excluded, got 1"),
+        (partial(infidelity, samples=0), "samples must be at least 1, got 0"),
+        (
+            lambda m, x, t, a: infidelity(m, x, t, a[:, None].expand(-1, 3, -1, -1)),
+            "attribution has shape (9, 3, 8, 8), images (9, 2, 8, 8); it must broadcast to that",
+        ),
+    ],
+)
+def test_bad_samples(call: Any, message: str, trained: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        call(*trained)
+    assert str(caught.value) == message
+
+
+def test_examples() -> None:
+    failed, tried = doctest.testmod(faithfulness)
+    assert failed == 0 < tried
