@@ -103,7 +103,8 @@ def execute(
             torch.manual_seed(run.seed)
             model = build(run.model, train.channels, train.num_classes, train.image_size)
         history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=checkpoint, **how)
-        thorough = run.evaluate_on == "test"  # choices go by accuracy
+        # choices, and what a network learns from spoilt labels or images, go by accuracy
+        thorough = run.evaluate_on == "test" and not run.permuted_labels and not run.removed
         metrics, curves = measure(model, held_out, layers=run.layers, device=where, thorough=thorough)
         weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
         content = safetensors.torch.save(weights)

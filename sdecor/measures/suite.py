@@ -29,7 +29,7 @@ from sdecor.saliency import attribute, logits_and_gradient, pixel_score
 FRACTIONS = tuple(i / 10 for i in range(10))
 FILLS = ("uniform", "constant")
 BINS = 101
-MOST = 2000
+MOST = 1000
 _FEATURES = {
     "correlation": mean_abs_correlation,
     "effective_rank": effective_rank,
