@@ -20,7 +20,7 @@ from sdecor.runs import Record, Run, Store
 from sdecor.saliency import ATTRIBUTIONS, attribute, logits_and_gradient
 from sdecor.training import device_of
 
-SAMPLES = 5
+SAMPLES = 3
 CONTROLS = ("constant", "edges", "image", "noise", "ground truth")
 
 

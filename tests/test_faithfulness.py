@@ -272,9 +272,8 @@ def quantus_scores(metric: str, case: tuple[nn.Module, Tensor, Tensor, Tensor], 
     given = {"perturb_baseline": 0.0, "abs": False, "normalise": False, "disable_warnings": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.tensor(
-            np.array(getattr(quantus, metric)(**(given | options))(model=InDouble(model).eval(), **call, device="cpu", softmax=True))
-        )
+        measure = getattr(quantus, metric)(**(given | options))
+        return torch.tensor(np.array(measure(model=InDouble(model).eval(), **call, device="cpu", softmax=True)))
 
 
 def test_curves_against_quantus_pixel_flipping(case: Any) -> None:
@@ -347,6 +346,8 @@ def test_correlation_of_a_linear_model_is_one() -> None:
     assert run(torch.zeros(4, 4, 4)).isnan().all()
     assert run(torch.full((4, 4, 4), 0.1)).isnan().all()
     assert faithfulness_correlation(model, images, target, contribution, fill=images).isnan().all()
+    level = torch.tensor([[0.3, 0.1 + 0.2, 0.3]], dtype=torch.float64)  # constant but for rounding
+    assert _perturbation.pearson(level, torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)).isnan().all()
 
 
 # Infidelity
