@@ -62,7 +62,7 @@ quick: $(READY) ## run every chapter that takes parameters at preset "quick"
 	  $(PY) -m sdecor chapter $$source -p preset quick --out build/quick/$$(basename $$source .md).ipynb || exit 1; done
 
 bench: $(READY) ## measure what a training step and a measure cost
-	$(PY) tests/benchmarks/run.py
+	$(PY) tests/benchmarks/run.py && $(PY) tests/benchmarks/measures.py
 
 clean: ## remove what the targets made, the environment included
 	rm -rf $(VENV) _build build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

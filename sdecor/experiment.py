@@ -21,14 +21,14 @@ import torch
 import sdecor
 from sdecor._files import locked
 from sdecor.data import load
-from sdecor.images import permutation
+from sdecor.images import ImageData, ImageStream, permutation
 from sdecor.measures.suite import measure, remove_salient
 from sdecor.models import build
 from sdecor.objective import METHODS
 from sdecor.runs import Record, Run, Store
 from sdecor.training import device_of, fit
 
-__all__ = ["Record", "Run", "Store", "environment", "execute", "grid", "method_grid"]
+__all__ = ["Record", "Run", "Store", "data_of", "environment", "execute", "grid", "method_grid"]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -48,6 +48,35 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def data_of(
+    run: Run, store: Store, split: str, *, root: str | os.PathLike[str] | None = None, device: str = "cpu"
+) -> ImageData | ImageStream:
+    """The images and labels of a split as `run` has them: fewer, with other labels, or without their salient pixels.
+
+    Args:
+        run: Any run.
+        store: Where, if pixels are removed, the network lies that says which.
+        split: ``train``, ``val`` or ``test``.
+        root: Data root (see `sdecor.data.load`).
+        device: Where to compute which pixels go: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        FileNotFoundError: If the data or that network are absent.
+        ValueError: If pixels are to be removed from images that are streamed.
+    """
+    limit = run.limit if split == "train" else None
+    data = load(run.data, root, split, limit=limit, **dict(run.data_options))
+    if run.permuted_labels and split == "train":
+        data = replace(data, labels=data.labels[permutation(len(data), run.seed)])
+    if not run.removed:
+        return data
+    model = None
+    if run.removed_by != "random":
+        base = replace(run, removed=0.0)
+        model = store.model(base, data.channels, data.num_classes, data.image_size).to(device_of(device))
+    return remove_salient(data, model, run.removed_by, run.removed)
 
 
 def execute(
@@ -88,24 +117,14 @@ def execute(
             return record
         where, started = device_of(device), time.perf_counter()
         how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
-        options = dict(run.data_options)
-        train = load(run.data, root, "train", limit=run.limit, **options)
-        held_out = load(run.data, root, run.evaluate_on, **options)
-        if run.permuted_labels:
-            train = replace(train, labels=train.labels[permutation(len(train), run.seed)])
-        if run.removed:
-            ranker = None
-            if run.removed_by != "random":
-                execute(base := replace(run, removed=0.0), store, root=root, **how)
-                ranker = store.model(base, train.channels, train.num_classes, train.image_size).to(where)
-            train, held_out = (remove_salient(d, ranker, run.removed_by, run.removed) for d in (train, held_out))
+        if run.removed and run.removed_by != "random":
+            execute(replace(run, removed=0.0), store, root=root, **how)
+        train, held_out = (data_of(run, store, s, root=root, device=device) for s in ("train", run.evaluate_on))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             model = build(run.model, train.channels, train.num_classes, train.image_size)
         history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=checkpoint, **how)
-        # choices, and what a network learns from spoilt labels or images, go by accuracy
-        thorough = run.evaluate_on == "test" and not run.permuted_labels and not run.removed
-        metrics, curves = measure(model, held_out, layers=run.layers, device=where, thorough=thorough)
+        metrics, curves = measure(model, held_out, layers=run.layers, device=where, thorough=run.thorough)
         weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
         content = safetensors.torch.save(weights)
         took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}

@@ -1,4 +1,4 @@
-"""What a run is and what it leaves: a description, its record, and the store where the hash of the description finds both."""
+"""What a run is and what it leaves: a description, its record, and the store where its hash finds both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdecor.training import Schedule
 log = logging.getLogger("sdecor")
 _OBJECTIVE = tuple(f.name for f in fields(Objective) if f.name != "score")
 _SCHEDULE = tuple(f.name for f in fields(Schedule))
-_LATER = {"permuted_labels": False, "removed": 0.0, "removed_by": "gradient"}
+_LATER = ("permuted_labels", "removed", "removed_by")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Run:
         lambda_c, lambda_d, fraction, fill, fill_value, direction, penalty, group_size, layers: See
             `sdecor.objective.Objective`.
         permuted_labels: Train on labels in random order: the randomized network of the sanity check by labels.
-        removed: Remove and retrain (ROAR, arXiv:1806.10758): share of pixels of every image, training and held-out, that
-            has the mean colour before training starts.
+        removed: Remove and retrain (ROAR, arXiv:1806.10758): share of pixels of every image, training and held-out,
+            that has the mean colour before training starts.
         removed_by: How they are chosen: a name in `sdecor.saliency.ATTRIBUTIONS`, the most salient ones for the class
             that the same run without removal predicts; or ``random``.
 
@@ -113,11 +113,16 @@ class Run:
         return Schedule(**{name: getattr(self, name) for name in _SCHEDULE})
 
     @property
+    def thorough(self) -> bool:
+        """Whether it is measured in full: choices, and what a network learns from spoilt data, go by accuracy."""
+        return self.evaluate_on == "test" and not self.permuted_labels and not self.removed
+
+    @property
     def key(self) -> str:
         """Sixteen hexadecimal digits made of the whole description."""
         values = asdict(self)
-        for name, default in _LATER.items():  # these came after the first records, whose keys must stay
-            if values[name] == default:
+        for name in _LATER:  # these came after the first records, whose keys must stay
+            if values[name] == getattr(Run, name):
                 del values[name]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

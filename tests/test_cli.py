@@ -50,11 +50,12 @@ def test_help() -> None:
     assert [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()] == [
         "train",
         "grid",
+        "measure",
         "show",
         "chapter",
         "data",
     ]
-    for command in ("train", "grid", "show", "chapter", "data", "data list", "data fetch", "data check"):
+    for command in ("train", "grid", "measure", "show", "chapter", "data", "data list", "data fetch", "data check"):
         assert f"Usage: sdecor {command} " in call(*command.split(), "--help")[0]
 
 
@@ -222,7 +223,8 @@ def test_workers_that_fail_end_with_code_1(tmp_path: Path, monkeypatch: pytest.M
         ),
         (
             ["--method", "decorrelation", "--layers", "fc9"],
-            "unknown layer 'fc9'; this model has: conv1, conv2, fc1, fc2, fc3",
+            "unknown layer 'fc9'; this model has: "
+            "conv1, pool1, relu1, conv2, pool2, relu2, fc1, relu3, fc2, relu4, fc3",
         ),
         (
             ["--method", "decorrelation", "--group-size", "12"],

@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 
 import sdecor.experiment
 from sdecor.data import load
-from sdecor.experiment import Record, Run, Store, execute, grid, method_grid
-from sdecor.measures.suite import measure
+from sdecor.experiment import Record, Run, Store, data_of, execute, grid, method_grid
+from sdecor.images import permutation
+from sdecor.measures.suite import measure, object_masks
 from sdecor.objective import METHODS
+from sdecor.saliency import ATTRIBUTIONS, attribute, pixel_score
 from sdecor.training import evaluate
 
 TINY: dict[str, Any] = {"data": "digits", "evaluate_on": "val", "limit": 96, "epochs": 2, "batch_size": 48}
@@ -76,6 +78,9 @@ def test_published_keys_stay_what_they_are() -> None:
     assert Run().key == "5fbba10040483b96"
     assert Run(method="saliencydecor-signed", seed=3).key == "a6b4092b7931c503"
     assert Run(data="mnist", method="decorrelation", lr=2e-3, epochs=6).key == "f160c51ee9fae1d9"
+    later = {"permuted_labels": False, "removed": 0, "removed_by": "random"}  # came afterwards; nothing is removed
+    assert Run(**later).key == Run().key
+    assert {name: getattr(Run(**later), name) for name in later} == {**later, "removed_by": "gradient"}
 
 
 settings_of_a_run = st.fixed_dictionaries(
@@ -106,6 +111,9 @@ settings_of_a_run = st.fixed_dictionaries(
         "penalty": st.sampled_from(["correlation", "zca", "decov"]),
         "group_size": st.none() | st.integers(1, 64),
         "layers": st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+        "permuted_labels": st.booleans(),
+        "removed": st.sampled_from([0, 0.0, 0.3, 0.5]),
+        "removed_by": st.sampled_from(["gradient", "gradcam", "random"]),
     },
 )
 
@@ -136,11 +144,12 @@ def test_every_setting_that_is_used_changes_the_key() -> None:
         "data_options": (("cue_copies", 2),), "epochs": 9, "batch_size": 9, "lr": 0.1, "weight_decay": 0.1,
         "shape": "constant", "clip": None, "augment": True, "lambda_c": 0.1, "lambda_d": 0.1, "fraction": 0.1,
         "fill": "mean", "fill_value": 1.0, "direction": "detached", "penalty": "zca", "group_size": None,
-        "layers": ("conv1",),
+        "layers": ("conv1",), "permuted_labels": True, "removed": 0.5,
     }  # fmt: skip
-    assert set(others) == {f.name for f in fields(Run)}
+    assert {*others, "removed_by"} == {f.name for f in fields(Run)}
     keys = {name: replace(base, **{name: value}).key for name, value in others.items()}
-    assert len({base.key, *keys.values()}) == 1 + len(others)
+    keys["removed_by"] = replace(base, removed=0.5, removed_by="random").key
+    assert len({base.key, *keys.values()}) == 2 + len(others)
 
 
 def test_settings_of_terms_that_a_method_lacks_are_dropped() -> None:
@@ -167,6 +176,9 @@ def test_the_order_of_options_and_the_type_of_a_number_do_not_matter() -> None:
         ({"evaluate_on": "train"}, "unknown evaluate_on 'train'; known: val, test"),
         ({"fraction": 1.0, "method": "consistency-signed"}, "fraction must lie strictly between 0 and 1, got 1.0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"removed": 1}, "removed must lie in [0, 1), got 1.0"),
+        ({"removed": -0.1}, "removed must lie in [0, 1), got -0.1"),
+        ({"removed_by": "magic"}, f"unknown removed_by 'magic'; known: {', '.join(ATTRIBUTIONS)}, random"),
     ],
 )
 def test_impossible_runs(values: dict[str, Any], message: str) -> None:
@@ -211,8 +223,8 @@ def test_the_saved_model_is_the_measured_one(done: Store) -> None:
     record = done.record(ONE)
     assert record is not None and not model.training
     assert evaluate(model, data)["accuracy"] == record.metrics["accuracy"]
-    metrics, curves = measure(model, data, masking=False)
-    assert metrics == pytest.approx(record.metrics, rel=1e-6)
+    metrics, curves = measure(model, data, thorough=False)
+    assert metrics == pytest.approx(record.metrics, rel=1e-5)
     assert record.curves["gradient_histogram"] == pytest.approx(curves["gradient_histogram"], abs=1e-4)
 
 
@@ -304,13 +316,86 @@ def test_a_streamed_folder_can_be_measured(tmp_path: Path) -> None:
     whole = execute(run, Store(tmp_path / "whole"))
     streamed = execute(replace(run, data_options=(("memory_limit", 1), ("workers", 0))), Store(tmp_path / "streamed"))
     assert result(streamed)[1:] == result(whole)[1:]
-    assert whole is not None and "object_mass" not in whole.metrics
+    assert whole is not None and "auroc" not in whole.metrics
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     known = sdecor.experiment.environment(torch.device("cpu"))
     monkeypatch.setenv("PATH", "")
     assert sdecor.experiment.environment(torch.device("cpu")) == {**known, "commit": "unknown"}
+
+
+# --- spoilt labels and images ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The data of every training that begins."""
+    seen: list[Any] = []
+    fit = sdecor.experiment.fit
+
+    def noted(model: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(data)
+        return fit(model, data, *args, **kwargs)
+
+    monkeypatch.setattr(sdecor.experiment, "fit", noted)
+    return seen
+
+
+def test_permuted_labels_are_those_of_training(done: Store, tmp_path: Path, trained_on: list[Any]) -> None:
+    run, store = replace(ONE, permuted_labels=True), Store(tmp_path)
+    record = execute(run, store)
+    [seen], train = trained_on, load("digits", limit=96)
+    assert torch.equal(seen.images, train.images)
+    assert torch.equal(seen.labels, train.labels[permutation(96)]) and not torch.equal(seen.labels, train.labels)
+    held_out, plain = data_of(run, store, "val"), load("digits", split="val")
+    assert torch.equal(held_out.labels, plain.labels)
+    assert record is not None and record.weights_sha256 != result(done.record(ONE))[-1]
+    assert record.metrics["accuracy"] == evaluate(store.model(run, 1, 10, 28), plain)["accuracy"]
+
+
+def test_remove_and_retrain(done: Store, tmp_path: Path, trained_on: list[Any]) -> None:
+    run, store = replace(ONE, removed=0.3), Store(tmp_path)
+    record = execute(run, store)
+    assert files(store) == expected_files(ONE, run)
+    assert result(store.record(ONE)) == result(done.record(ONE))  # the run without removal was done on the way
+    base = store.model(ONE, 1, 10, 28)
+    whole, train = trained_on
+    for before, after in ((whole, train), (load("digits", split="val"), data_of(run, store, "val"))):
+        score = pixel_score(attribute(base, before.normalized(), progress=False)).flatten(1)
+        salient = score >= score.topk(round(0.3 * 784)).values[:, -1:]
+        gone = torch.where(salient.view(-1, 1, 28, 28), round(255 * before.mean[0]), before.images)
+        assert (gone != after.images).float().mean() < 1e-3  # but for rounding in the score
+        assert torch.equal(after.labels, before.labels) and (after.mean, after.std) == (before.mean, before.std)
+        assert torch.equal(object_masks(after), object_masks(before))
+    assert record is not None
+    retrained = store.model(run, 1, 10, 28)
+    assert record.metrics["accuracy"] == evaluate(retrained, data_of(run, store, "val"))["accuracy"]
+    assert set(record.curves) >= {"gradient_histogram"} and "masked_uniform_most" not in record.curves
+    other = replace(run, removed_by="gradcam", epochs=1)
+    assert execute(run, store) == record and len(trained_on) == 2
+    execute(other, store)
+    assert files(store) == expected_files(ONE, run, replace(ONE, epochs=1), other)
+
+
+def test_removal_at_random_needs_no_other_run(tmp_path: Path, trained_on: list[Any]) -> None:
+    run = replace(ONE, removed=0.5, removed_by="random", epochs=1)
+    execute(run, Store(tmp_path))
+    assert files(Store(tmp_path)) == expected_files(run)
+    changed = (trained_on[0].images != load("digits", limit=96).images).float().mean()
+    assert 0.45 < changed <= 0.5
+
+
+def test_without_the_other_run_its_absence_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"^no weights of saliencydecor-absolute, seed 0: .*its record is absent"
+    ):
+        data_of(replace(ONE, removed=0.3), Store(tmp_path), "val")
+
+
+def test_what_is_measured_in_full() -> None:
+    assert Run().thorough
+    assert not any(r.thorough for r in (Run(evaluate_on="val"), Run(permuted_labels=True), Run(removed=0.1)))
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------

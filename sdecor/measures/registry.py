@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from hashlib import sha256
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from sdecor.measures import faithfulness, localization, robustness, sanity, sharpness
+from sdecor.measures._checks import require_finite
 from sdecor.saliency import pixel_score
 
 #: Maps (B, C, H, W) or (B, H, W) that explain the target (B,) of images (B, C, H, W) under a model.
@@ -21,6 +23,8 @@ Explanation = Callable[[nn.Module, Tensor, Tensor], Tensor]
 @dataclass(eq=False, kw_only=True)
 class Case:
     """Maps of some images, and what there is to judge them by; measures that need what is None are not to be had.
+
+    All tensors and the model are on one device.
 
     Args:
         attribution: What is judged, (B, C, H, W) or (B, H, W), of any sign.
@@ -35,6 +39,9 @@ class Case:
         samples: Draws of noise for the measures that need some.
         batch_size: Rows of a forward pass.
         seed: Of all draws. They are the same for every image and every case.
+
+    Raises:
+        ValueError: If the maps have NaN or infinity, or do not fit the images.
     """
 
     attribution: Tensor
@@ -50,7 +57,20 @@ class Case:
     batch_size: int = 256
     seed: int = 0
 
-    _made: dict[tuple[bytes, bytes], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check what not every measure would."""
+        maps = self.attribution.shape
+        if len(maps) not in (3, 4):
+            raise ValueError(f"attribution must have shape (B, C, H, W) or (B, H, W), got {tuple(maps)}")
+        if self.images is not None:
+            of = self.images.shape
+            if len(of) != 4 or (of[0], *of[2:]) != (maps[0], *maps[-2:]):
+                raise ValueError(
+                    f"images have shape {tuple(of)}, attribution has {tuple(maps)}; both need the same B, H and W"
+                )
+        require_finite(self.attribution, "attribution")
 
     @cached_property
     def score(self) -> Tensor:
@@ -64,16 +84,26 @@ class Case:
             *self._classified, self.score, fill=self.fill, batch_size=self.batch_size, generator=draws
         )
 
+    @cached_property
+    def _attacked(self) -> Tensor:
+        if self.adversarial is not None:
+            return self.adversarial
+        return robustness.attack(*self._classified, epsilon=self.radius, batch_size=self.batch_size, seed=self.seed)
+
     @property
     def _classified(self) -> tuple[nn.Module, Tensor, Tensor]:
         assert self.model is not None and self.images is not None and self.target is not None
         return self.model, self.images, self.target
 
     def _maps(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        parts = zip(images.split(self.batch_size), target.split(self.batch_size), strict=True)
+        return torch.cat([self._part(model, *part) for part in parts])
+
+    def _part(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         assert self.explain is not None
         if model is not self.model:
             return pixel_score(self.explain(model, images, target))
-        key = images.detach().cpu().numpy().tobytes(), target.cpu().numpy().tobytes()
+        key = sha256(images.detach().cpu().numpy().tobytes() + target.cpu().numpy().tobytes()).digest()
         if key not in self._made:  # the measures of robustness look at the same images
             self._made[key] = pixel_score(self.explain(model, images, target))
         return self._made[key]
@@ -160,23 +190,21 @@ def _change(function: Callable[..., Tensor], case: Case) -> Tensor:
 
 def _shift(case: Case) -> Tensor:
     model, images, target = case._classified
-    if case.adversarial is None:
-        how = {"batch_size": case.batch_size, "seed": case.seed}
-        case.adversarial = robustness.attack(model, images, target, epsilon=case.radius, **how)
-    return robustness.explanation_shift(partial(case._maps, model), images, case.adversarial, target)
+    return robustness.explanation_shift(partial(case._maps, model), images, case._attacked, target)
 
 
 def _randomization(case: Case) -> Tensor:
     model, images, target = case._classified
-    for _, random in sanity.randomized(model, seed=case.seed):
-        pass  # the last has every layer drawn anew
+    random = model
+    for _, changed in sanity.randomized(model, seed=case.seed):
+        random = changed  # the last has every layer drawn anew
     return robustness.spearman(case.score, case._maps(random, images, target))
 
 
 _AGAIN = (*_MODEL, "explain")
 _INF = math.inf
 
-#: Name to measure. Names are those of the functions in `sdecor.measures`, whose docstrings define them.
+#: Name to measure. Names are mostly those of the functions in ``sdecor.measures``, whose docstrings define them.
 METRICS: dict[str, Metric] = {
     "gini": _sharpness("Gini", "higher", sharpness.gini),
     "entropy": _sharpness("entropy", "lower", sharpness.entropy),
@@ -213,6 +241,19 @@ METRICS: dict[str, Metric] = {
 RECOMMENDED = ("gini", "auroc", "area_between", "max_sensitivity", "randomization")
 
 
+def known(metrics: Iterable[str]) -> tuple[str, ...]:
+    """The given names, if all of them are in `METRICS`.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    names = tuple(metrics)
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric '{name}'; known: {', '.join(METRICS)}")
+    return names
+
+
 def available(case: Case) -> tuple[str, ...]:
     """Names of the measures for which `case` has all that they need."""
     return tuple(name for name, metric in METRICS.items() if all(getattr(case, n) is not None for n in metric.needs))
@@ -236,10 +277,8 @@ def evaluate(case: Case, metrics: Iterable[str] | None = None) -> dict[str, Tens
         >>> {name: value.tolist() for name, value in values.items()}
         {'gini': [0.75], 'auroc': [1.0]}
     """
-    names = available(case) if metrics is None else tuple(metrics)
+    names = available(case) if metrics is None else known(metrics)
     for name in names:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric '{name}'; known: {', '.join(METRICS)}")
         if missing := [n for n in METRICS[name].needs if getattr(case, n) is None]:
             raise ValueError(f"metric '{name}' needs {', '.join(missing)}, which this case does not have")
     return {name: METRICS[name].function(case) for name in names}
@@ -253,13 +292,13 @@ def table(cases: Mapping[str, Case], metrics: Iterable[str] | None = None) -> pd
         metrics: As in `evaluate`.
 
     Returns:
-        Columns ``attribution``, ``metric``, ``value`` (mean over the images where it is defined; NaN if there are none),
+        Columns ``attribution``, ``metric``, ``value`` (mean over the images where it is defined; NaN if there is none),
         ``undefined`` (how many images were left out) and ``images`` (how many there were).
 
     Raises:
         ValueError: As `evaluate`.
     """
-    names = None if metrics is None else tuple(metrics)
+    names = None if metrics is None else known(metrics)
     rows = [
         {
             "attribution": attribution,

@@ -44,8 +44,8 @@ def max_sensitivity(
         seed: of the noise; torch's random state is left alone.
 
     Returns:
-        (B,) float64, at least 0: max over samples of |explain(x + noise) - explain(x)| / |explain(x)| in the Euclidean
-        norm; NaN where the explanation of the image is zero.
+        (B,) float64, at least 0: max over samples of ``|explain(x + noise) - explain(x)| / |explain(x)|`` in the
+        Euclidean norm; NaN where the explanation of the image is zero.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are not positive, or an explanation with NaN or infinity.
@@ -77,8 +77,8 @@ def local_lipschitz(
     and noise it shares, it scales with the explanation: compare explanations of one scale only.
 
     Returns:
-        (B,) float64, at least 0: max over samples of |explain(x + noise) - explain(x)| / |noise| in the Euclidean norm;
-        NaN where the noise is too small to change the image's floating point numbers.
+        (B,) float64, at least 0: max over samples of ``|explain(x + noise) - explain(x)| / |noise|`` in the Euclidean
+        norm; NaN where the noise is too small to change the image's floating point numbers.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are not positive, or an explanation with NaN or infinity.

@@ -14,7 +14,7 @@ from sdecor.data import ImageData, ImageStream
 from sdecor.masking import lowest, masked, replacement
 from sdecor.measures.faithfulness import masked_accuracy
 from sdecor.measures.localization import chance_level
-from sdecor.measures.registry import METRICS, RECOMMENDED, Case, available, evaluate
+from sdecor.measures.registry import METRICS, RECOMMENDED, Case, available, evaluate, known
 from sdecor.measures.representation import (
     Covariance,
     condition_number,
@@ -79,7 +79,7 @@ def remove_salient(
     """Replace the most salient pixels of every image by the mean colour: the data of remove and retrain (ROAR).
 
     Args:
-        data: Images in memory; not changed.
+        data: Images in memory; not changed. The result keeps its `object_masks`.
         model: Classifier whose predicted class is explained; None removes pixels at random.
         method: Name in `sdecor.saliency.ATTRIBUTIONS`, if there is a model.
         fraction: Share of the pixels, in (0, 1).
@@ -104,7 +104,7 @@ def remove_salient(
         else:
             score = pixel_score(attribute(model, x.to(device), None, method, seed=seed, progress=False))
         parts.append(masked(images, lowest(-score, fraction).to(data.device), colour.expand_as(images)))
-    return replace(data, images=torch.cat(parts))
+    return replace(data, images=torch.cat(parts), masks=object_masks(data))  # the mean colour is no ink
 
 
 def measure(
@@ -134,11 +134,15 @@ def measure(
     Returns:
         ``metrics``, means over images (a measure that is undefined on these images is absent), and ``curves``: accuracy
         at each of `FRACTIONS` masked, by fill and order, and the histogram of gradient values.
+
+    Raises:
+        ValueError: If a metric is unknown, or the model's gradient has NaN or infinity.
     """
     names = layers or default_layers(model)
     data = data.to(device)
     model.to(device)
     of_map = [name for name, metric in METRICS.items() if set(metric.needs) <= {"mask"}]
+    rest = [name for name in known(metrics) if thorough and name not in of_map]
     per_image: dict[str, list[Tensor]] = defaultdict(list)
     curves: dict[str, list[Tensor]] = defaultdict(list)
     statistics = {name: Covariance() for name in names}
@@ -166,7 +170,6 @@ def measure(
                 for order in ("most", "random"):
                     kept = masked_accuracy(model, x, y, case.score, FRACTIONS, new, order=order, generator=generator)
                     curves[f"masked_{fill}_{order}"].append(kept)
-    rest = [name for name in metrics if name not in of_map] if thorough else []
     for case, _, _ in _cases(model, data.subset(MOST), batch_size, seed) if rest else ():
         for name, values in evaluate(case, rest).items():
             per_image[name].append(values)

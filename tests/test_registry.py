@@ -1,0 +1,365 @@
+"""The registry: every entry is the function it names, has its direction and range, and asks for what it needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maps import close
+from torch import Tensor, nn
+
+from sdecor.data import load
+from sdecor.measures import (
+    attack,
+    chance_level,
+    controls,
+    explanation_shift,
+    faithfulness_correlation,
+    infidelity,
+    local_lipschitz,
+    localization,
+    max_sensitivity,
+    randomized,
+    sharpness,
+    spearman,
+)
+from sdecor.measures.faithfulness import faithfulness
+from sdecor.measures.registry import METRICS, RECOMMENDED, Case, available, evaluate, table
+from sdecor.models import build
+from sdecor.objective import Objective
+from sdecor.saliency import attribute, logits_and_gradient, pixel_score
+from sdecor.training import Schedule, fit
+
+FAMILIES = {"sharpness": 5, "localization": 6, "faithfulness": 8, "robustness": 3, "sanity": 1}
+LOCALIZATION = [name for name, metric in METRICS.items() if metric.family == "localization"]
+
+
+def gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    return attribute(model, images, target, progress=False)
+
+
+def of(model: nn.Module, images: Tensor, mask: Tensor, **options: Any) -> Case:
+    """The gradient maps of the predicted class."""
+    logits, maps = logits_and_gradient(model, images)
+    known = {"mask": mask, "model": model, "images": images, "target": logits.argmax(1), "explain": gradient}
+    return Case(attribution=maps, **{**known, **options})
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    """A LeNet after seconds of training on shapes, and 60 held-out images with their masks."""
+    torch.manual_seed(0)
+    data = load("shapes", samples=1500)
+    model = build("lenet", data.channels, data.num_classes, data.image_size)
+    fit(model, data, Objective.of("standard"), Schedule(epochs=4, batch_size=64, lr=3e-3), seed=0, progress=False)
+    held_out = load("shapes", split="val").subset(60)
+    assert held_out.masks is not None
+    return model, held_out.normalized(), held_out.masks
+
+
+@pytest.fixture(scope="module")
+def untrained() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    mask = torch.zeros(6, 28, 28, dtype=torch.bool)
+    mask[:, 5:14, 9:20] = True
+    return build("lenet", 1, 10, 28).eval(), torch.randn(6, 1, 28, 28), mask
+
+
+@pytest.fixture(scope="module", params=["trained", "untrained"])
+def case(request: pytest.FixtureRequest) -> Case:
+    model, images, mask = request.getfixturevalue(request.param)
+    return of(model, images[:6], mask[:6], samples=3, seed=4)
+
+
+# --- entries --------------------------------------------------------------------------------------------------------
+
+
+def test_families_directions_and_names() -> None:
+    assert {f: sum(m.family == f for m in METRICS.values()) for f in FAMILIES} == FAMILIES
+    assert len(METRICS) == sum(FAMILIES.values()) == len({m.title for m in METRICS.values()})
+    assert set(RECOMMENDED) <= set(METRICS)
+    for metric in METRICS.values():
+        assert metric.low < metric.high
+        assert metric.heading == f"{metric.title} {dict(higher='↑', lower='↓')[metric.better]}"
+
+
+def test_every_value_is_that_of_its_function(case: Case) -> None:
+    model, x, y, mask, a = case.model, case.images, case.target, case.mask, case.attribution
+    assert model is not None and x is not None and y is not None and mask is not None
+    score = pixel_score(a)
+
+    def explain(images: Tensor, target: Tensor) -> Tensor:
+        return pixel_score(gradient(model, images, target))
+
+    def draws() -> torch.Generator:
+        return torch.Generator().manual_seed(4)
+
+    noise = {"radius": 0.1, "samples": 3, "seed": 4}
+    *_, (_, other) = randomized(model, seed=4)
+    expected = {
+        **{name: getattr(sharpness, name)(score) for name, m in METRICS.items() if m.family == "sharpness"},
+        **{name: getattr(localization, name)(score, mask) for name in LOCALIZATION},
+        **faithfulness(model, x, y, score, fill="linear", generator=draws()),
+        "infidelity": infidelity(model, x, y, a, noise=0.1, seed=4),
+        "faithfulness_correlation": faithfulness_correlation(model, x, y, score, fill="linear", generator=draws()),
+        "max_sensitivity": max_sensitivity(explain, x, y, **noise),
+        "local_lipschitz": local_lipschitz(explain, x, y, **noise),
+        "explanation_shift": explanation_shift(explain, x, attack(model, x, y, epsilon=0.1, seed=4), y),
+        "randomization": spearman(score, pixel_score(gradient(other, x, y))),
+    }
+    values = evaluate(case)
+    assert list(values) == list(METRICS) == list(available(case))
+    assert set(expected) == set(METRICS)
+    for name, value in expected.items():
+        assert values[name].shape == (6,) and values[name].dtype == torch.float64
+        close(values[name], value)
+
+
+def test_values_lie_in_their_range(case: Case) -> None:
+    for name, value in evaluate(case).items():
+        known = value[~value.isnan()]
+        assert len(known), name
+        assert known.min() >= METRICS[name].low - 1e-9 and known.max() <= METRICS[name].high + 1e-9, name
+
+
+def test_options_reach_their_functions(untrained: Any) -> None:
+    model, x, mask = untrained
+    plain, other = (of(model, x, mask, samples=2, **o) for o in ({}, {"radius": 0.5, "fill": "constant", "seed": 1}))
+    for name, metric in METRICS.items():
+        same = torch.equal(evaluate(plain, [name])[name], evaluate(other, [name])[name])
+        assert same == (metric.family in ("sharpness", "localization")), name
+    given = of(model, x, mask, adversarial=x)
+    close(evaluate(given, ["explanation_shift"])["explanation_shift"], torch.zeros(6))
+    assert given.adversarial is x
+    without = of(model, x, mask)
+    evaluate(without, ["explanation_shift"])
+    assert without.adversarial is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_size_of_a_batch_does_not_matter(untrained: Any, batch_size: int) -> None:
+    whole, parts = (evaluate(of(*untrained, samples=2, batch_size=n)) for n in (256, batch_size))
+    for name, value in whole.items():
+        tolerance = 1e-2 if name == "randomization" else 1e-4  # ranks of nearly equal pixels follow rounding
+        close(parts[name], value, tolerance)
+
+
+def test_no_explanation_is_asked_for_more_than_a_batch(untrained: Any) -> None:
+    rows: list[int] = []
+
+    def counted(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        rows.append(len(images))
+        return gradient(model, images, target)
+
+    evaluate(of(*untrained, explain=counted, batch_size=4, samples=2))
+    assert set(rows) == {4, 2}
+
+
+def test_maps_are_made_once_for_all_measures_of_robustness(untrained: Any) -> None:
+    calls: list[bool] = []
+
+    def counted(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        calls.append(model is untrained[0])
+        return gradient(model, images, target)
+
+    evaluate(of(*untrained, explain=counted, samples=2))
+    assert calls == [True, True, True, False]  # the images, the noisy ones, the attacked ones; another model
+
+
+@settings(max_examples=5, deadline=None)
+@given(order=st.permutations(range(6)))
+def test_the_order_of_images_is_that_of_the_values(untrained: Any, order: list[int]) -> None:
+    model, x, mask = untrained
+    values, permuted = evaluate(of(model, x, mask, samples=1)), evaluate(of(model, x[order], mask[order], samples=1))
+    for name, value in values.items():
+        close(permuted[name], value[order], 1e-2 if name == "randomization" else 1e-4)
+
+
+# --- directions -----------------------------------------------------------------------------------------------------
+
+
+def test_ground_truth_is_best_and_noise_at_chance(trained: Any) -> None:
+    model, x, mask = trained
+    noise = torch.rand(40, *mask.shape[1:], generator=torch.Generator().manual_seed(0))
+    best = evaluate(Case(attribution=mask.float(), mask=mask), LOCALIZATION)
+    found = evaluate(of(model, x, mask), LOCALIZATION)
+    many = mask[:40].repeat_interleave(40, 0)
+    random = evaluate(Case(attribution=noise.repeat(40, 1, 1), mask=many), LOCALIZATION)
+    area = chance_level(many).mean().item()
+    for name in LOCALIZATION:
+        close(best[name], torch.ones(60), 1e-9)
+        assert METRICS[name].better == "higher"
+        assert found[name].lt(1).all() or name == "pointing_game"
+        mean = random[name].mean().item()
+        if name == "best_iou":  # the threshold is chosen by the mask
+            assert area <= mean < 1.3 * area
+        else:
+            chance = 0.5 if name == "auroc" else area
+            assert mean == pytest.approx(chance, abs=0.03 if name == "pointing_game" else 0.01), name
+
+
+def test_random_weights_lose_the_object(trained: Any) -> None:
+    model, x, mask = trained
+    *_, (_, random) = randomized(model)
+    before, after = (evaluate(of(net, x, mask), ["auroc"])["auroc"].mean() for net in (model, random))
+    assert before > after + 0.05 and before > 0.6
+
+
+def test_sharper_maps_are_better_in_every_measure_of_sharpness() -> None:
+    one, blob = torch.zeros(1, 9, 9), torch.zeros(1, 9, 9)
+    one[:, 4, 4], blob[:, 2:7, 2:7] = 1, 1
+    for name, metric in METRICS.items():
+        if metric.family == "sharpness" and name != "total_variation":
+            sharp, dull = (evaluate(Case(attribution=a), [name])[name] for a in (one, blob))
+            assert (sharp > dull) == (metric.better == "higher"), name
+
+
+def test_a_map_that_knows_the_model_beats_one_that_does_not(trained: Any) -> None:
+    """Directions of the measures that run the model: occlusion maps, against edges or maps in reversed order."""
+    model, x, mask = trained
+    logits, _ = logits_and_gradient(model, x)
+    keep = logits.softmax(1).amax(1) > 0.8
+    x, target = x[keep], logits[keep].argmax(1)
+    good = attribute(model, x, target, "occlusion", progress=False)
+    known = {"model": model, "images": x, "target": target, "fill": "constant"}
+    names = [name for name, m in METRICS.items() if m.family == "faithfulness" and name != "monotonicity"]
+    right = evaluate(Case(attribution=good, **known), names)
+    wrong = evaluate(Case(attribution=controls(x)["noise"], **known), names)
+    for name in names:
+        higher = right[name].nanmean() > wrong[name].nanmean()
+        assert higher == (METRICS[name].better == "higher"), name
+
+
+def test_maps_that_ignore_the_model_do_not_change_with_it(untrained: Any) -> None:
+    model, x, mask = untrained
+    edges = of(model, x, mask, explain=lambda _net, images, _target: controls(images)["edges"])
+    edges = replace(edges, attribution=controls(x)["edges"])
+    close(evaluate(edges, ["randomization"])["randomization"], torch.ones(6))
+    assert evaluate(of(model, x, mask), ["randomization"])["randomization"].abs().max() < 0.5
+
+
+def test_without_weights_there_is_nothing_to_randomize() -> None:
+    x = torch.rand(2, 1, 3, 3)
+    close(evaluate(of(nn.Flatten(), x, x[:, 0] > 0.5), ["randomization"])["randomization"], torch.ones(2))
+
+
+# --- what is needed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_needs_are_honest(untrained: Any, name: str) -> None:
+    model, x, mask = untrained
+    parts = vars(of(model, x, mask))
+    needed = {part: parts[part] for part in METRICS[name].needs}
+    least = Case(attribution=parts["attribution"], samples=1, **needed)
+    assert name in available(least)
+    assert evaluate(least, [name])[name].shape == (6,)
+    for part in needed:
+        without = replace(least, **{part: None})
+        assert name not in available(without)
+        with pytest.raises(ValueError) as error:
+            evaluate(without, [name])
+        assert str(error.value) == f"metric '{name}' needs {part}, which this case does not have"
+
+
+def test_all_that_is_missing_is_named() -> None:
+    with pytest.raises(ValueError) as error:
+        evaluate(Case(attribution=torch.ones(1, 2, 2)), ["gini", "randomization"])
+    assert str(error.value) == (
+        "metric 'randomization' needs model, images, target, explain, which this case does not have"
+    )
+
+
+def test_an_unknown_metric() -> None:
+    case = Case(attribution=torch.ones(1, 2, 2))
+    for call in (partial(evaluate, case), partial(table, {"a": case}), partial(table, {})):
+        with pytest.raises(ValueError) as error:
+            call(["gini", "magic"])
+        assert str(error.value) == f"unknown metric 'magic'; known: {', '.join(METRICS)}"
+
+
+MAPS = torch.rand(2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"attribution": MAPS[0]}, "attribution must have shape (B, C, H, W) or (B, H, W), got (4, 4)"),
+        ({"attribution": MAPS / 0}, "attribution has infinity in 2 of 2 rows (the first is row 0)"),
+        ({"attribution": MAPS * math.nan}, "attribution has NaN in 2 of 2 rows (the first is row 0)"),
+        ({"mask": MAPS[:, 1:] > 0}, "mask has shape (2, 3, 4), attribution has (2, 4, 4); both must be (B, H, W)"),
+        ({"mask": MAPS}, "mask must hold only 0 and 1 (or be boolean); threshold it first"),
+        (
+            {"images": torch.rand(2, 1, 5, 4)},
+            "images have shape (2, 1, 5, 4), attribution has (2, 4, 4); both need the same B, H and W",
+        ),
+        (
+            {"images": torch.rand(3, 1, 4, 4)},
+            "images have shape (3, 1, 4, 4), attribution has (2, 4, 4); both need the same B, H and W",
+        ),
+        ({"images": MAPS}, "images have shape (2, 4, 4), attribution has (2, 4, 4); both need the same B, H and W"),
+        ({"target": torch.tensor([0, 3])}, "target must lie in 0..2, got 0..3"),
+        ({"target": torch.tensor([0, -1])}, "target must lie in 0..2, got -1..0"),
+        ({"target": torch.tensor([0])}, "target must be 2 whole numbers, got shape (1,) of torch.int64"),
+        ({"fill": "magic"}, "unknown fill 'magic'; known: uniform, mean, constant, blur, linear, or a tensor"),
+    ],
+)
+def test_bad_input_is_named(wrong: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    good = {
+        "attribution": MAPS,
+        "mask": MAPS > 0.5,
+        "model": model,
+        "images": torch.rand(2, 1, 4, 4),
+        "target": torch.tensor([0, 2]),
+        "explain": gradient,
+    }
+    with pytest.raises(ValueError) as error:
+        evaluate(Case(**{**good, **wrong}), [*LOCALIZATION, "deletion"])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", [name for name, m in METRICS.items() if m.family in ("robustness", "sanity")])
+def test_a_target_that_is_no_class(untrained: Any, name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        evaluate(of(*untrained, target=torch.full((6,), 10)), [name])
+    assert str(error.value) == "target must lie in 0 to 9, got 10"
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_tidy_and_says_what_is_undefined() -> None:
+    mask = torch.tensor([[[1, 0], [0, 0]]] * 3)
+    maps = torch.tensor([[[4.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    cases = {"some": Case(attribution=maps, mask=mask), "none": Case(attribution=0 * maps, mask=mask)}
+    result = table(cases, iter(["gini", "auroc"]))
+    assert list(result.columns) == ["attribution", "metric", "value", "undefined", "images"]
+    assert result.astype(object).where(result.notna(), None).values.tolist() == [
+        ["some", "gini", 0.375, 1, 3],
+        ["some", "auroc", 0.75, 1, 3],
+        ["none", "gini", None, 3, 3],
+        ["none", "auroc", None, 3, 3],
+    ]
+    assert list(table(cases)["metric"]) == [n for n, m in METRICS.items() if set(m.needs) <= {"mask"}] * 2
+    assert list(table({}).columns) == list(result.columns) and len(table({})) == 0
+
+
+def test_nothing_is_changed(untrained: Any) -> None:
+    model, x, mask = untrained
+    case = of(model.train(), x, mask, samples=1)
+    assert case.target is not None
+    before = [v.clone() for v in (x, mask, case.attribution, case.target, *model.state_dict().values())]
+    state = torch.get_rng_state()
+    evaluate(case)
+    after = (x, mask, case.attribution, case.target, *model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    model.eval()
