@@ -213,6 +213,8 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
         features = stack.enter_context(capture(model, layers))
+        if compiled:  # else the graph of an earlier training, made without hooks, may be taken for this one
+            torch.compiler.reset()
         forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
         bar = stack.enter_context(
             tqdm(

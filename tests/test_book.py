@@ -11,6 +11,7 @@ import pytest
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 EXPERIMENTS = sorted((BOOK / "experiments").glob("*.md"))
+CHAPTERS = [p for p in sorted(BOOK.rglob("*.md")) if p.read_text(encoding="utf-8").startswith("---\njupytext:")]
 NAMED = r"(?:Fig\. \d+|Gini index of 1|, 0 is|tenth|5 %|95 %)"  # numbers that name something and measure nothing
 
 
@@ -62,25 +63,25 @@ def test_a_typed_number_would_be_noticed() -> None:
     assert re.findall(r"\d\S*", prose(results(chapter))) == ["3.2"]
 
 
-@pytest.mark.parametrize("source", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
 def test_every_quoted_result_exists(source: Path) -> None:
     quoted = set(re.findall(r"\{glue:text\}`([\w-]+)", source.read_text(encoding="utf-8")))
     assert quoted
     assert quoted - glued(source.with_suffix(".ipynb")).keys() == set()
 
 
-@pytest.mark.parametrize("source", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
 def test_committed_outputs_are_what_the_records_give(source: Path, real_data: Path, tmp_path: Path) -> None:
     papermill = pytest.importorskip("papermill", reason="needs the packages of the extra 'book'")
     fresh = tmp_path / "fresh.ipynb"
     committed = source.with_suffix(".ipynb")
-    papermill.execute_notebook(
-        committed, fresh, {"data_root": str(real_data)}, kernel_name="python3", progress_bar=False, cwd=tmp_path
-    )
+    given = {"data_root": str(real_data)} if "data_root: str" in source.read_text(encoding="utf-8") else {"workers": 1}
+    papermill.execute_notebook(committed, fresh, given, kernel_name="python3", progress_bar=False, cwd=tmp_path)
     old, new = comparable(committed), comparable(fresh)
     injected = 1  # the cell that papermill adds
     assert [i + injected for i, _ in old] == [i for i, _ in new]
     for (cell, a), (_, b) in zip(old, new, strict=True):
         numbers = [[float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text)] for text in (a, b)]
         assert re.sub(r"[\d.+-]+", "", a) == re.sub(r"[\d.+-]+", "", b), f"cell {cell}"
-        assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=0.2), f"cell {cell}"
+        assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=0.05), f"cell {cell}"
