@@ -68,7 +68,7 @@ def glue(name: str, value: float | str) -> None:
     installed.
     """
     display(
-        {"application/papermill.record/text/plain": repr(value)},
+        {"application/papermill.record/text/plain": repr(value if isinstance(value, str | int) else float(value))},
         raw=True,
         metadata={"scrapbook": {"name": name, "mime_prefix": "application/papermill.record/"}},
     )

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -66,6 +67,9 @@ def test_glue_writes_what_myst_nb_reads(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown == [
         ({"application/papermill.record/text/plain": "0.5"}, {"raw": True, "metadata": {"scrapbook": scrap}})
     ]
+    for value, text in ((np.float64(0.5), "0.5"), (np.float32(0.5), "0.5"), (3, "3"), ("rises", "'rises'")):
+        publish.glue("accuracy", value)  # as a literal, which the text can format
+        assert shown[-1][0] == {"application/papermill.record/text/plain": text}
 
 
 def record(method: str, seed: int, **metrics: float) -> Record:
