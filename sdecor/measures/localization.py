@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, one_hot, pad
@@ -99,10 +100,10 @@ def relevance_rank(attribution: Tensor, mask: Tensor) -> Tensor:
     """
     flat, inside = non_negative(attribution), binary(mask, attribution.shape)
     size = inside.sum(1, keepdim=True).clamp(min=1)
-    values = attribution.detach().flatten(1)  # in single precision the search takes half of the time
-    highest = values.topk(int(size.max()) if len(size) else 0, dim=1).values
-    lowest = highest.gather(1, size - 1)  # of the K highest
-    above, level = values > lowest, values == lowest
+    # on a CPU NumPy sorts several times as fast
+    ordered = torch.from_numpy(np.sort(flat.numpy(), axis=1)) if flat.device.type == "cpu" else flat.sort(1).values
+    lowest = ordered.gather(1, flat.shape[1] - size)  # of the K highest
+    above, level = flat > lowest, flat == lowest
     chosen = (size[:, 0] - above.sum(1)).double() / level.sum(1)  # share of the level pixels among the K
     return _defined(((above & inside).sum(1) + chosen * (level & inside).sum(1)) / size[:, 0], flat, inside)
 
