@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import HTML, display
 
@@ -72,6 +73,28 @@ def glue(name: str, value: float | str) -> None:
         raw=True,
         metadata={"scrapbook": {"name": name, "mime_prefix": "application/papermill.record/"}},
     )
+
+
+def holds(left: Any, right: Any, tolerance: float) -> bool:
+    """Say whether two sides of a statement agree, and by how much they differ.
+
+    Args:
+        left: Numbers of any shape: a float, an array or a tensor.
+        right: Numbers that broadcast against `left`.
+        tolerance: Largest absolute difference that still counts as equal.
+
+    Returns:
+        Whether the largest absolute difference is at most `tolerance`; False if it is NaN.
+
+    Example:
+        >>> holds([0.1 + 0.2, 1.0], [0.3, 1.0], 1e-12)
+        holds: largest difference 5.6e-17, tolerance 1e-12
+        True
+    """
+    gap = float(np.abs(np.asarray(left, dtype=float) - np.asarray(right, dtype=float)).max())
+    ok = gap <= tolerance
+    print(f"{'holds' if ok else 'does not hold'}: largest difference {gap:.1e}, tolerance {tolerance:.0e}")
+    return ok
 
 
 def store(path: str = "", *, temporary: bool = False, retrain: bool = False) -> Store:
