@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import csv
+import io
+import json
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,18 @@ import jupytext
 import nbformat
 import papermill
 
+from sdecor._files import locked, replace_atomically
 from sdecor._options import annotated, typed
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
+COLUMNS = ("chapter", "seconds", "device", "cores", "threads", "python", "torch", "sdecor", "date", "commit")
+# Runs after the last cell of a chapter that is published, and is not kept.
+_PROBE = """
+import json, os, torch
+from sdecor.experiment import environment
+device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+print(json.dumps({"cores": os.cpu_count(), **environment(device)}))
+"""
 _KEPT = {"name": "python", "pygments_lexer": "ipython3"}  # not the version, which differs between machines
 
 
@@ -65,6 +79,40 @@ def _parameters(notebook: Any, given: Mapping[str, str]) -> dict[str, Any]:
     return {name: typed(name, types[name][0], text) for name, text in given.items()}
 
 
+def table() -> Path:
+    """The file that holds, for every published chapter, how long it ran, where, when, and with what."""
+    return BOOK.parent / "data" / "chapters.csv"
+
+
+def _commit(source: Path) -> str:
+    """The commit that is checked out; with a + if the module, the records or the chapter have changed since."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(BOOK.parent), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
+    parts = ["sdecor", "data/results", "data/weights", "data/tables", str(source)]
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", *parts) else "")
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        return "unknown"
+
+
+def _note(name: str, row: Mapping[str, Any]) -> None:
+    """Put the row of a chapter into the table; rows are in the order of the names, one for every chapter there is."""
+    path = table()
+    with locked(path.with_suffix(".lock")):
+        rows = {name: {"chapter": name, **row}}
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as f:
+                rows = {old["chapter"]: old for old in csv.DictReader(f)} | rows
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[known_name] for known_name in known() if known_name in rows)
+        replace_atomically(path, lambda f: f.write(text.getvalue().encode()))
+
+
 def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = False) -> Path:
     """Execute a chapter.
 
@@ -72,7 +120,8 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
         name: Of the chapter.
         given: Parameters, as text.
         out: File to write; empty for a temporary one. It must not be in the book.
-        publish: Replace the chapter's notebook, once all its cells have run, without traces of time and machine.
+        publish: Replace the chapter's notebook, once all its cells have run, without traces of time and machine; those
+            go to `table`.
 
     Returns:
         The file written.
@@ -87,6 +136,9 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
         raise ValueError(f"out must be a file .ipynb outside of {BOOK}, got {out}")
     source = _source(committed)
     values = _parameters(source, given)
+    if publish:
+        source.cells.append(nbformat.v4.new_code_cell(_PROBE, id="probe"))  # type: ignore[no-untyped-call]
+    started = time.monotonic()
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = papermill.execute_notebook(
@@ -102,10 +154,15 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
         raise kind(f"{error.ename} in cell {error.exec_count} of {name}: {error.evalue} (see {target})") from None
     if not publish:
         return target
+    seconds = round(time.monotonic() - started)
+    (probed,) = done.cells.pop().outputs
     for cell, original in zip(done.cells, _source(committed).cells, strict=True):
         cell.metadata, cell.id = original.metadata, original.id
     done.metadata = {"kernelspec": source.metadata["kernelspec"], "language_info": _KEPT}
     nbformat.write(done, committed)  # type: ignore[no-untyped-call]
     target.unlink()
     target.parent.rmdir()
+    here = json.loads(probed.text)
+    short = committed.relative_to(BOOK).with_suffix("")
+    _note(short.as_posix(), {**here, "seconds": seconds, "commit": _commit(committed.with_suffix(".md"))})
     return committed

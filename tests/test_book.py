@@ -85,3 +85,89 @@ def test_committed_outputs_are_what_the_records_give(source: Path, real_data: Pa
         numbers = [[float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text)] for text in (a, b)]
         assert re.sub(r"[\d.+-]+", "", a) == re.sub(r"[\d.+-]+", "", b), f"cell {cell}"
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=0.05), f"cell {cell}"
+
+
+PAGES = [p for p in sorted(BOOK.rglob("*.md")) if "_static" not in p.parts]
+WHY = [p for p in CHAPTERS if p.parent.name == "why"]
+INDICES = ("$i$", "$j$", "$k$", "$v$")
+HEADINGS = ("## What to remember", "## Exercises", "## Further reading")
+OPENING = ("**Objectives.**", "**Prerequisites.**", "**Reading time.**", "**Run time.**")
+# Commands of LaTeX that are symbols of their own, and need a row on the notation page when a page uses them.
+GREEK = re.compile(
+    r"\\(?:alpha|beta|gamma|Gamma|delta|Delta|varepsilon|epsilon|zeta|eta|theta|Theta|kappa|lambda|Lambda|mu|nu|xi|pi|rho"
+    r"|sigma|Sigma|tau|phi|varphi|Phi|psi|Psi|omega|Omega|ell|odot)(?![A-Za-z])"
+)
+WORDS = re.compile(r"\\(?:text|operatorname|begin|end|label|tag|ref|eqref|cite)\*?\{[^}]*\}")
+NAMES = re.compile(r"\\(?:mathrm|mathcal|mathbb|mathbf|mathsf)(?:\{(\w+)\}|\s*(\w))")
+
+
+def formulas(source: str) -> str:
+    """All mathematics of a page, without the code in its cells."""
+    text = re.sub(
+        r"^(`{3,}|~{3,})(?:\{code-cell\}|python|bash|\{figure\}).*?^\1$", "", source, flags=re.DOTALL | re.MULTILINE
+    )
+    text = re.sub(r"(?<!`)`[^`\n]+`(?!`)", "", text)
+    blocks = re.findall(r"\$\$(.*?)\$\$|^`{3,}\{math\}\n(.*?)^`{3,}$", text, re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL)
+    return "\n".join(["".join(b) for b in blocks] + re.findall(r"\$([^$]+)\$", text))
+
+
+def symbols(mathematics: str) -> set[str]:
+    """Letters, Greek letters and named operators that occur in formulas."""
+    text = WORDS.sub(" ", mathematics)
+    named = {f"{a or b}" for a, b in NAMES.findall(text)}
+    text = NAMES.sub(" ", text)
+    greek = set(GREEK.findall(text))
+    return named | greek | set(re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", text)))
+
+
+def defined(page: str) -> set[str]:
+    """Symbols with a row on the notation page: those of the whole book, and those of one page only."""
+    text = (BOOK / "back/notation.md").read_text(encoding="utf-8")
+    book, *own = re.split(r"^### .*?\(\.\./(.*?)(?:\.ipynb|\.md)?\)$", text, flags=re.MULTILINE)
+    sections = [book, *(body for name, body in zip(own[::2], own[1::2], strict=True) if name == page)]
+    rows = [*re.findall(r"^\| ([^|]*\$[^|]*) \|", "\n".join(sections), re.MULTILINE), *INDICES]
+    return symbols("\n".join(m for row in rows for m in re.findall(r"\$([^$]+)\$", row)))
+
+
+def short(path: Path) -> str:
+    return path.relative_to(BOOK).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=short)
+def test_chapter_opens_and_ends_as_all_do(source: Path) -> None:
+    text = source.read_text(encoding="utf-8")
+    opening, *_ = text.split("```{code-cell}")
+    assert [word for word in OPENING if word not in opening] == []
+    places = [text.find(f"\n{heading}\n") for heading in HEADINGS]
+    assert -1 not in places and places == sorted(places)
+    assert "{cite" in text[places[-1] :]
+
+
+@pytest.mark.parametrize("source", [p for p in PAGES if p.name != "notation.md"], ids=short)
+def test_every_symbol_is_defined(source: Path) -> None:
+    used = symbols(formulas(source.read_text(encoding="utf-8")))
+    assert used - defined(short(source)) == set()
+
+
+def test_an_undefined_symbol_would_be_noticed() -> None:
+    page = "Let $\\Xi x$, $\\zeta_i$ and $\\mathrm{Foo}(x)$.\n\n```{code-cell}\nprice = '$Y$'\n```\n"
+    assert {"Foo", "\\zeta"} <= symbols(formulas(page)) - defined("intro")
+    assert "Y" not in symbols(formulas(page))
+
+
+@pytest.mark.parametrize("source", WHY, ids=short)
+def test_every_theorem_is_checked_and_broken(source: Path) -> None:
+    """After a theorem, and before the next, a cell shows that it holds, and that it fails without its assumptions."""
+    text = source.read_text(encoding="utf-8")
+    parts = re.split(r"^`{3,}\{prf:(?:theorem|proposition|corollary|lemma)\}", text, flags=re.MULTILINE)
+    for part in parts[1:]:
+        label = re.search(r":label: (\S+)", part)
+        assert label, part[:80]
+        cells = re.findall(
+            r"^```\{code-cell\} ipython3\n(:tags: \[[^\]]*theorem-check.*?)^```$", part, re.DOTALL | re.MULTILINE
+        )
+        code = "\n".join(cells)
+        assert "{prf:proof}" in part, f"{label[1]} has no proof"
+        assert "assert holds(" in code, f"{label[1]} is not checked"
+        assert "assert not holds(" in code, f"{label[1]} is not shown to fail"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
+import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +19,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import sdecor
 from sdecor import _chapters
 from sdecor.__main__ import _settings, app
 from sdecor._options import typed
@@ -443,6 +448,58 @@ def test_stale_chapters_are_published_without_traces(book: Path) -> None:
     assert notebook.read_text() == first
 
 
+def rows(book: Path) -> list[dict[str, str]]:
+    """The run-time table of a book."""
+    assert sorted(p.name for p in (book.parent / "data").iterdir()) == ["chapters.csv"]
+    with (book.parent / "data" / "chapters.csv").open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_publishing_notes_time_place_and_versions(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        return subprocess.check_output(["git", "-C", str(book.parent), *who, *words], text=True).strip()
+
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # a hook of git's sets them
+        monkeypatch.delenv(name, raising=False)
+    git("init", "--quiet")
+    git("add", "book")
+    git("commit", "--quiet", "-m", "A book")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    call("chapter", "part/one", "--publish")
+    (row,) = rows(book)
+    assert 1 <= int(row.pop("seconds")) <= 600
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", row.pop("date"))
+    assert int(row.pop("threads")) >= 1
+    assert row == {
+        "chapter": "part/one",
+        "device": f"CPU ({platform.machine()})",
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sdecor": sdecor.__version__,
+        "commit": commit,
+    }
+    # A plus says that the source is not that of the commit. Rows are in order, and of chapters that are there.
+    one = book / "part" / "one.md"
+    (book / "part" / "two.md").write_text(CHAPTER)
+    call("chapter", "part/two", "--publish")
+    one.write_text(CHAPTER.replace("# A chapter", "# A chapter of its own"))
+    call("chapter", "part/one", "--publish")
+    assert [(r["chapter"], r["commit"]) for r in rows(book)] == [("part/one", f"{commit}+"), ("part/two", f"{commit}+")]
+    for path in (book / "part").glob("two.*"):
+        path.unlink()
+    call("chapter", "part/one", "--publish")
+    assert [r["chapter"] for r in rows(book)] == ["part/one"]
+
+
+def test_only_publishing_notes_anything(book: Path, tmp_path: Path) -> None:
+    call("chapter", "part/one", "--out", tmp_path / "out.ipynb")
+    (book / "part" / "one.md").write_text(CHAPTER.replace("epochs: int = 2", "epochs: int = 0"))
+    refused("chapter", "part/one", "--publish", code=1)
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_failing_chapter_is_not_published(book: Path) -> None:
     source = book / "part" / "one.md"
     source.write_text(CHAPTER.replace("epochs: int = 2", "epochs: int = 0"))
@@ -499,6 +556,13 @@ def test_a_chapter_by_the_path_of_either_file(book: Path) -> None:
 def test_the_chapters_of_this_book_agree_with_their_notebooks() -> None:
     assert "experiments/mnist" in _chapters.known()
     assert [name for name in _chapters.known() if _chapters.is_stale(name)] == []
+
+
+def test_every_chapter_of_this_book_has_its_run_time() -> None:
+    with _chapters.table().open(newline="") as f:
+        table = csv.DictReader(f)
+        assert tuple(row["chapter"] for row in table if all(row.values())) == _chapters.known()
+        assert tuple(table.fieldnames or ()) == _chapters.COLUMNS
 
 
 def test_digits_are_what_the_tests_above_take_them_for() -> None:

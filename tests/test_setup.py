@@ -69,6 +69,14 @@ def test_environment_yml_names_the_same_packages_and_versions(
     assert sorted(packages) == sorted(f"{r.name}=={versions[canonicalize_name(r.name)]}" for r in direct)
 
 
+def test_binder_gets_the_module_at_the_pins_with_torch_for_the_cpu(root: Path) -> None:
+    lines = [line for line in (root / ".binder/requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    # pip looks for constraints beside the file that names them, and for the project where Binder calls it: at the root.
+    assert lines == ["--extra-index-url https://download.pytorch.org/whl/cpu", "-c ../constraints.txt", "-e ."]
+    conda, *_ = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
+    assert (root / ".binder/runtime.txt").read_text().strip() == conda.replace("=", "-")
+
+
 def test_everything_installed_for_the_project_is_pinned(direct: list[Requirement], pins: list[Requirement]) -> None:
     versions = pinned_here(pins)
     todo, seen = list(direct), set()

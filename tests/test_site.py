@@ -123,9 +123,17 @@ def test_build_executes_nothing_and_takes_scripts_from_here() -> None:
     assert CONFIG["execute"]["execute_notebooks"] == "off"
     sphinx = CONFIG["sphinx"]["config"]
     (folder,) = sphinx["html_static_path"]
-    for name in [sphinx["mathjax_path"], *sphinx["html_css_files"]]:
+    for name in [sphinx["mathjax_path"], *sphinx["html_css_files"], *(name for name, _ in sphinx["html_js_files"])]:
         assert (ROOT / folder / name).is_file(), name
-    assert (ROOT / CONFIG["html"]["favicon"]).is_file()
+    logo, cards = sphinx["html_theme_options"]["logo"], sphinx["ogp_social_cards"]
+    for name in (
+        CONFIG["html"]["favicon"],
+        logo["image_light"],
+        logo["image_dark"],
+        cards["image"],
+        cards["image_mini"],
+    ):
+        assert (ROOT / name).is_file(), name
     assert (STATIC / "mathjax/LICENSE").is_file()
 
 
@@ -240,6 +248,28 @@ def test_drawings_are_opaque_and_self_contained(path: Path) -> None:
         for part in ("title", "desc"):
             assert (root.findtext(f"{ns}{part}") or "").strip()
         assert root.get("role") == "img" and root.get("aria-labelledby")
+
+
+INSTALL = """\
+# A fresh runtime, such as Colab's, has no sdecor: fetch the book, with the records and weights of the published runs.
+import importlib.util
+import os
+import sys
+
+if importlib.util.find_spec("sdecor") is None:
+    !git clone --quiet --depth 1 {url}
+    %pip install --quiet --editable {name}
+    sys.path.insert(0, os.path.abspath("{name}"))"""
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
+def test_first_cell_of_a_chapter_installs_the_book(notebook: Path) -> None:
+    """The same in all, with the address of the configuration; tests/test_install_cell.py runs it."""
+    jupytext = pytest.importorskip("jupytext", reason="needs the packages of the extra 'book'")
+    first, second, *_ = (c for c in jupytext.read(notebook.with_suffix(".md")).cells if c.cell_type == "code")
+    url = CONFIG["repository"]["url"]
+    assert first.source == INSTALL.format(url=url, name=url.rsplit("/", 1)[1])
+    assert (first.metadata["tags"], second.metadata["tags"]) == (["install", "remove-cell"], ["parameters"])
 
 
 def test_every_public_module_is_in_the_api() -> None:
