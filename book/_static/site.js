@@ -4,10 +4,12 @@
   const article = document.querySelector(".bd-article");
   if (!article) return;
 
-  /* What the theme and pandas leave out for assistive technology: a landmark, corners of tables that head nothing, formulas that scroll */
+  /* For assistive technology, what theme, docutils and pandas leave out: a landmark, roles of today, corners of tables that head
+     nothing, formulas that scroll */
   const bar = document.querySelector(".bd-sidebar-primary");
   bar?.setAttribute("role", "complementary");
   bar?.setAttribute("aria-label", "Book");
+  for (const entry of article.querySelectorAll("[role=doc-biblioentry]")) entry.setAttribute("role", "listitem");
   for (const cell of article.querySelectorAll("th")) if (!cell.textContent.trim()) cell.setAttribute("role", "cell");
   const scrolls = new ResizeObserver((entries) => {
     for (const { target } of entries) {
