@@ -145,15 +145,17 @@ def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> Non
     def every(name: str) -> str:
         return ", ".join(sorted({str(r.environment[name]) for r in rs}))
 
-    minutes = sum(r.environment["training_seconds"] for r in rs) / 60
+    seconds = sum(r.environment["training_seconds"] for r in rs)
+    time = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    methods = len({r.run.method for r in rs})
     seeds = ", ".join(map(str, sorted({r.run.seed for r in rs})))
     rows = {
         "Preset": preset,
         "Data": ", ".join(sorted({r.run.data for r in rs})),
-        "Runs": f"{len(rs)}: {len({r.run.method for r in rs})} methods, seeds {seeds}",
+        "Runs": f"{len(rs)}: {methods} method{'s' * (methods > 1)}, seeds {seeds}",
         "Epochs": ", ".join(sorted({str(r.run.epochs) for r in rs})),
         "Device": f"{every('device')}, {every('threads')} thread(s) a run",
-        "Training time": f"{minutes:.0f} minutes, summed over these runs",
+        "Training time": f"{time}, summed over these runs",
         "Versions": f"Python {every('python')}, torch {every('torch')}, sdecor {every('sdecor')}",
         "Commit": every("commit"),
         "Date": every("date"),

@@ -246,7 +246,15 @@ def test_print_is_black_on_white_without_controls(browser: Any, site: str) -> No
         visit.page.get_by_role("button", name="Open all solutions").click()
         visit.page.emulate_media(media="print")
         assert set(visit.every(content, seen)) == {"true"}
-        assert visit.ask("document.documentElement.scrollWidth") <= DESKTOP["width"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_print_fits_on_paper(browser: Any, site: str, name: str) -> None:
+    """A4 with margins of 16 mm is 672 pixels wide."""
+    with Visit(browser, site, name, viewport={"width": 672, "height": 1000}) as visit:
+        visit.page.emulate_media(media="print")
+        beyond = "e.checkVisibility() && e.getBoundingClientRect().right > 674 ? e.outerHTML.slice(0, 200) : ''"
+        assert visit.every(".bd-article :is(img, table, pre, p, mjx-container[display] > mjx-math)", beyond) == []
 
 
 class Marks(HTMLParser):
