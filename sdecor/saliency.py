@@ -89,6 +89,9 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
 def input_gradient(logits: Tensor, x: Tensor, target: Tensor, *, retain_graph: bool = False) -> Tensor:
     """Gradient of each sample's target logit with respect to its own input.
 
+    It is the gradient of the sum of these logits. Where a sample's logit depends on the others of the batch, as under
+    batch normalization in training mode, it holds what a sample does to their logits too.
+
     Args:
         logits: ``(B, K)``, computed from `x`.
         x: Input ``(B, C, H, W)`` that requires a gradient.
