@@ -14,7 +14,7 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help ready book test lint types chapters quick bench clean
+.PHONY: help ready book test slow lint types chapters quick bench clean
 .DELETE_ON_ERROR:
 # Cells and tests see this environment alone.
 export PYTHONNOUSERSITE := 1
@@ -41,8 +41,11 @@ book: $(READY) ## build the site into _build/html, warnings as errors
 	$(VENV)/bin/jupyter-book build . --quiet -W -n --keep-going
 	@echo "The book is in _build/html/index.html"
 
-test: $(READY) ## run the tests
-	$(PY) -m pytest $(PYTEST_FLAGS)
+test: $(READY) ## run the tests, but for the slow ones
+	$(PY) -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+slow: $(READY) ## run the slow tests: the published chapters again, accessibility of all pages, an empty environment
+	$(PY) -m pytest -m slow --durations=5 $(PYTEST_FLAGS) --dist=load
 
 # The cells are read from the sources, as notebooks, since that is what ruff knows.
 lint: $(READY) ## check style and format of the module, the tests and the cells of the chapters
