@@ -26,9 +26,11 @@ def environment(root: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     url = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     return kept | {
-        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_COUNT": "2",
         "GIT_CONFIG_KEY_0": f"url.{root.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": url,
+        "GIT_CONFIG_KEY_1": "safe.directory",  # the checkout may belong to somebody else
+        "GIT_CONFIG_VALUE_1": "*",
         "PIP_CONSTRAINT": str(root / "constraints.txt"),
         "PIP_NO_COMPILE": "1",
         "PYTHONNOUSERSITE": "1",
