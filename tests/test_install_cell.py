@@ -20,17 +20,15 @@ CHAPTER = "build/whitening"  # any would do; this one is short
 PROBE = "import sdecor\n\nprint(sdecor.__file__)\nprint(sys.executable)"
 
 
-def environment(root: Path) -> dict[str, str]:
+def environment(root: Path, folder: Path) -> dict[str, str]:
     """Git takes the address of the book to be this checkout, pip takes the versions that the project has pinned."""
     ours = ("PYTHON", "GIT_", "VIRTUAL_ENV", "JUPYTER")  # what tests and hooks set, and a fresh runtime does not know
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     url = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
+    settings = folder / "gitconfig"  # the checkout may belong to somebody else
+    settings.write_text(f'[url "{root.as_uri()}"]\n\tinsteadOf = {url}\n[safe]\n\tdirectory = *\n', encoding="utf-8")
     return kept | {
-        "GIT_CONFIG_COUNT": "2",
-        "GIT_CONFIG_KEY_0": f"url.{root.as_uri()}.insteadOf",
-        "GIT_CONFIG_VALUE_0": url,
-        "GIT_CONFIG_KEY_1": "safe.directory",  # the checkout may belong to somebody else
-        "GIT_CONFIG_VALUE_1": "*",
+        "GIT_CONFIG_GLOBAL": str(settings),
         "PIP_CONSTRAINT": str(root / "constraints.txt"),
         "PIP_NO_COMPILE": "1",
         "PYTHONNOUSERSITE": "1",
@@ -50,7 +48,7 @@ def test_a_chapter_runs_where_there_is_nothing(root: Path, tmp_path: Path, fresh
     """A clone holds what is committed, so a change to the module shows here once it is committed."""
     if not (root / ".git").exists():
         pytest.skip("not a checkout of git, so there is nothing to clone")
-    folder, settings = tmp_path / "empty", environment(root)
+    folder, settings = tmp_path / "empty", environment(root, tmp_path)
     folder.mkdir()
 
     def call(*command: Any, **more: Any) -> subprocess.CompletedProcess[str]:
