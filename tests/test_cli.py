@@ -420,6 +420,7 @@ def test_a_chapter_with_parameters(book: Path, tmp_path: Path) -> None:
     assert outputs(target) == ["one\nquick 4 0.5 True\n", "0.25"]
 
 
+@pytest.mark.slow
 def test_stale_chapters_are_published_without_traces(book: Path) -> None:
     notebook, source = book / "part" / "one.ipynb", book / "part" / "one.md"
     assert call("chapter", "--stale")[0] == f"part/one: {notebook}\n"
@@ -455,6 +456,7 @@ def rows(book: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+@pytest.mark.slow
 def test_publishing_notes_time_place_and_versions(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]

@@ -497,6 +497,7 @@ def test_kill_at_ten_random_moments(begin: Any, undisturbed: Any, tmp_path: Path
     assert files(store) == expected_files(*FOUR)
 
 
+@pytest.mark.slow
 def test_kill_before_each_operation_on_a_file(begin: Any, done: Store, tmp_path: Path) -> None:
     operation = 0
     while True:
@@ -535,6 +536,7 @@ def test_a_run_that_another_process_is_at(tmp_path: Path) -> None:
         assert execute(ONE, store, wait=False) is None
 
 
+@pytest.mark.slow
 def test_workers(undisturbed: Any, tmp_path: Path) -> None:
     store = Store(tmp_path)
     records = grid(FOUR, store, workers=2, progress=False)
