@@ -152,3 +152,14 @@ def test_every_method_has_its_own_colour_and_label() -> None:
     assert list(plotting.LABELS) == list(METHODS)
     assert len(set(plotting.COLOURS.values())) == len(METHODS)
     assert pd.Series(plotting.LABELS).is_unique
+
+
+def test_holds_says_by_how_much_and_nan_never_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish.holds([1.0, 2.0], 2.0, 1.0)
+    assert not publish.holds([1.0, 2.0], 2.0, 0.5)
+    assert not publish.holds([1.0, float("nan")], 1.0, 1e9)
+    assert capsys.readouterr().out.splitlines() == [
+        "holds: largest difference 1.0e+00, tolerance 1e+00",
+        "does not hold: largest difference 1.0e+00, tolerance 5e-01",
+        "does not hold: largest difference nan, tolerance 1e+09",
+    ]
