@@ -48,24 +48,24 @@ slow: $(READY) ## run the slow tests: the published chapters again, accessibilit
 	$(PY) -m pytest -m slow --durations=5 $(PYTEST_FLAGS) --dist=load
 
 # The cells are read from the sources, as notebooks, since that is what ruff knows.
-lint: $(READY) ## check style and format of the module, the tests and the cells of the chapters
+lint: $(READY) ## check style and format of the modules, the tests and the cells of the chapters
 	@rm -rf $(CHAPTERS) && mkdir -p $(CHAPTERS)
 	@tar -cf - $$(grep -rl --include='*.md' '^jupytext:' book) | tar -xf - -C $(CHAPTERS)
 	@find $(CHAPTERS) -name '*.md' -exec $(PY) -m jupytext --quiet --to ipynb {} +
-	$(PY) -m ruff check sdecor tests $(CHAPTERS)
-	$(PY) -m ruff format --check sdecor tests $(CHAPTERS)
+	$(PY) -m ruff check sdecor book/tools tests $(CHAPTERS)
+	$(PY) -m ruff format --check sdecor book/tools tests $(CHAPTERS)
 
 types: $(READY) ## check types, strictly
 	$(PY) -m mypy
 
 chapters: $(READY) ## run again the chapters whose source changed
-	$(PY) -m sdecor chapter --stale
+	$(PY) -m sdecor_book --stale
 
 # JOBS at a time, as many as there are cores up to four; what a chapter says is shown if it fails.
 quick: $(READY) ## run every chapter that takes parameters at preset "quick", and say how long each took
 	@start=$$(date +%s); grep -rlE --include='*.md' '^:?tags: \[parameters' book | sed 's,^book/,,; s,\.md$$,,' | sort | \
 	  OMP_NUM_THREADS=1 xargs -n 1 -P $(JOBS) sh -c 'start=$$(date +%s); \
-	    said=$$($(PY) -m sdecor chapter $$1 -p preset quick --out build/quick/$$1.ipynb 2>&1) || { echo "$$1 failed: $$said"; exit 1; }; \
+	    said=$$($(PY) -m sdecor_book $$1 -p preset quick --out build/quick/$$1.ipynb 2>&1) || { echo "$$1 failed: $$said"; exit 1; }; \
 	    echo "$$1: $$(($$(date +%s) - start)) s"' quick; \
 	code=$$?; echo "All chapters, $(JOBS) at a time: $$(($$(date +%s) - start)) s"; exit $$code
 

@@ -22,7 +22,7 @@ rule work:
     log:
         notebook=f"{STORE}/{{chapter}}.{{worker}}.ipynb",  # as a log it is kept when a cell fails
     shell:
-        "python -m sdecor chapter experiments/{wildcards.chapter} -p preset {PRESET} -p retrain true -p workers 1"
+        "python -m sdecor_book experiments/{wildcards.chapter} -p preset {PRESET} -p retrain true -p workers 1"
         " -p store {STORE} --out {log.notebook}"
 
 
@@ -32,4 +32,4 @@ rule page:
     output:
         f"{STORE}/{{chapter}}.ipynb",
     shell:
-        "python -m sdecor chapter experiments/{wildcards.chapter} -p preset {PRESET} -p store {STORE} --out {output}"
+        "python -m sdecor_book experiments/{wildcards.chapter} -p preset {PRESET} -p store {STORE} --out {output}"

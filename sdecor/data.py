@@ -1,40 +1,70 @@
-"""Data sets by name, with fixed splits that keep the test images out of every choice."""
+"""Data sets by name, with fixed splits that keep the test images out of every choice.
+
+A data set is a function that `dataset` enters: from a `Request`, and options of its own, to one split. Ten lines make
+another one; `load` brings its images to the asked size and scales them as the training split is scaled::
+
+    @dataset(classes=("rising", "falling"), size=16, licence="MIT", source="computed", cite="this file")
+    def ramps(request: Request, *, steep: Annotated[float, Between(0, 1)] = 0.5) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(3 * request.seed + SPLITS.index(request.split))
+        labels = torch.randint(2, (200,), generator=draw)
+        ramp = torch.linspace(-steep / 2, steep / 2, 16) * (1 - 2 * labels[:, None])
+        return torch.rand(200, 1, 16, 16, generator=draw) / 4 + ramp[:, None, None, :] / 2 + 0.3, labels
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision import datasets
 from torchvision.datasets.folder import make_dataset
 
-from sdecor import shapes
+from sdecor.config import checked_data
 from sdecor.images import ImageData, ImageStream, decode_all, moments, permutation, side_of
-from sdecor.sources import CALTECH, CIFAR, MNIST, available, check, data_root, fetch, provide
+from sdecor.registers import DATASETS, Between, Dataset, OneOf
+from sdecor.shapes import CLASSES, MEAN, STD, Copies, Strength, generate
+from sdecor.sources import available, check, data_root, fetch, provide
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".png", ".jpg", ".jpeg")
-_DIGITS = tuple("0123456789")
+CIFAR = "cifar-10-batches-py"
+CALTECH = "caltech101/101_ObjectCategories"
+#: Files of MNIST under MNIST/raw: magic number, size in bytes, SHA-256 sum.
+MNIST = {
+    "train-images-idx3-ubyte": (0x803, 47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "train-labels-idx1-ubyte": (0x801, 60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    "t10k-images-idx3-ubyte": (0x803, 7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    "t10k-labels-idx1-ubyte": (0x801, 10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+}
+Files = list[tuple[str, int]]  # paths, and labels
 _SAMPLE = 2048  # training images whose pixels give mean and std of sets that are decoded from files
+
+dataset = DATASETS.register
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What `load` was asked for."""
+class Request:
+    """What a data set is asked for.
+
+    Args:
+        root: Data root; for an image folder, the folder.
+        split: ``train``, ``val`` or ``test``.
+        image_size: Side in pixels: the one asked for, else the data set's own; None if that depends on its files.
+        limit: `load` keeps so many images, as `ImageData.subset` does; a data set may give only these.
+        seed: Of images that are drawn.
+    """
 
     root: Path
     split: str
     image_size: int | None
     limit: int | None
     seed: int
-    options: dict[str, Any]
 
 
 def load(
@@ -50,90 +80,83 @@ def load(
     """Load one split of a data set.
 
     Args:
-        name: ``mnist``, ``cifar10``, ``caltech101``, ``digits``, ``shapes``, or an image folder: its path, or
-            ``folder:PATH``, with ``PATH/train/CLASS/*.png|jpg|jpeg`` and perhaps ``val`` and ``test`` beside ``train``.
+        name: In `sdecor.registers.DATASETS`, or an image folder: its path, or ``folder:PATH``, with
+            ``PATH/train/CLASS/*.png|jpg|jpeg`` and perhaps ``val`` and ``test`` beside ``train``.
         root: Data root, see `data_root`.
         split: ``train``, ``val`` or ``test``. Where the set has no validation split, one is drawn from its training
             images by a constant seed.
-        image_size: Side in pixels; by default 28 (mnist, digits), 32 (cifar10, shapes), 96 (caltech101), and the
-            short side of its first image, at most 224, for a folder.
+        image_size: Side in pixels; by default that of the data set, and the short side of its first image, at most
+            224, for a folder.
         limit: Keep so many images, drawn by a constant seed.
-        seed: Of the generator of ``shapes``; nothing else depends on it.
-        **options: ``download`` (mnist, cifar10, caltech101; default True: fetch what is missing); ``samples``,
-            ``cue_strength``, ``cue_copies`` (shapes, see `sdecor.shapes.generate`); ``memory_limit`` (folder; bytes of
-            decoded images, default 2 GiB, above which it is streamed) and ``workers`` (folder; decoding processes).
+        seed: Of data sets that are drawn, such as ``shapes``; nothing else depends on it.
+        **options: Of the data set, see ``sdecor list datasets NAME``.
 
     Raises:
         ValueError: If a name, split or option is unknown or impossible, or a file is broken.
         FileNotFoundError: If the data is absent and cannot be downloaded.
+        TypeError: If a data set gives something else than images and labels.
 
     >>> data = load("shapes", split="val")
     >>> len(data), data.channels, data.image_size, data.num_classes
     (500, 3, 32, 8)
     """
-    kind = "folder" if name.startswith("folder:") or (name not in _LOADERS and Path(name).is_dir()) else name
-    if kind not in _LOADERS or name == "folder":
-        known = ", ".join(n for n in _LOADERS if n != "folder")
-        raise ValueError(f"unknown data set '{name}'; known: {known}, or an image folder (folder:PATH)")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
-    loader, allowed = _LOADERS[kind]
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"data set '{name}' has no option '{option}'; it has {', '.join(allowed) or 'none'}")
-    for argument, value in (("image_size", image_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
-    where = Path(name.removeprefix("folder:")).expanduser() if kind == "folder" else data_root(root)
-    data = loader(_Request(where, split, image_size, limit, seed, options))
+    sized = {} if image_size is None else {"image_size": image_size}
+    entry, folder, checked = checked_data(name, limit, {**sized, **options})
+    OneOf(SPLITS).check("split", split)
+    request = Request(folder or data_root(root), split, checked.pop("image_size"), limit, seed)
+    data = _completed(entry, request, checked)
     return data if limit is None or limit >= len(data) else data.subset(limit)
 
 
-def _resized(images: Tensor, size: int | None) -> Tensor:
-    if size is None or images.shape[-1] == size:
-        return images
-    x = interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-    return x.round().clamp(0, 255).to(torch.uint8)
+def _completed(entry: Dataset, request: Request, options: dict[str, Any]) -> ImageData | ImageStream:
+    """The split; if it comes as tensors, with the classes of the entry and the statistics of the training split."""
+    given = entry.function(request, **options)
+    if isinstance(given, ImageData | ImageStream):
+        return given
+    if not isinstance(given, tuple) or len(given) not in (2, 3):
+        wanted = "ImageData, ImageStream, (images, labels) or (images, labels, masks)"
+        raise TypeError(f"data set '{entry.name}' must give {wanted}, it gave {type(given).__name__}")
+    whole = replace(request, split="train", limit=None)
+    train = None if request.split == "train" else _completed(entry, whole, options)
+    classes = [str(i) for i in range(entry.classes)] if isinstance(entry.classes, int) else entry.classes
+    return ImageData.from_tensors(
+        *given[:2],
+        masks=given[2] if len(given) == 3 else None,
+        classes=classes or None,
+        train=train,
+        image_size=request.image_size,
+        name=entry.name,
+        split=request.split,
+    )
 
 
-def _in_memory(
-    request: _Request, name: str, classes: Sequence[str], parts: dict[str, tuple[Tensor, Tensor]]
-) -> ImageData:
-    """The asked part, resized, with the statistics of the training part at that size."""
-    mean, std = moments(_resized(parts["train"][0], request.image_size))
-    images, labels = parts[request.split]
-    images = _resized(images, request.image_size)
-    return ImageData(images, labels.long(), tuple(classes), mean, std, name=name, split=request.split)
-
-
-def _divided(images: Tensor, labels: Tensor, train: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The first `train` of a constant permutation for training, the rest for validation."""
+def _divided(images: Tensor, labels: Tensor, split: str, train: int) -> tuple[Tensor, Tensor]:
+    """The first `train` of a constant permutation for training, the rest for validation; a test split as it is."""
+    if split == "test":
+        return images, labels
     order = permutation(len(labels))
-    index = {"train": order[:train], "val": order[train:]}
-    return {split: (images[i], labels[i]) for split, i in index.items()}
+    index = order[:train] if split == "train" else order[train:]
+    return images[index], labels[index]
 
 
-def _digits(request: _Request) -> ImageData:
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    images = torch.from_numpy(source.images).float().mul(255 / 16).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(source.target)
-    order = torch.split(permutation(len(labels)), [1000, 297, 500])
-    parts = {split: (images[i], labels[i]) for split, i in zip(SPLITS, order, strict=True)}
-    return _in_memory(replace(request, image_size=request.image_size or 28), "digits", _DIGITS, parts)
-
-
-def _shapes(request: _Request) -> ImageData:
-    options = {"samples": {"train": 2000, "val": 500, "test": 1000}[request.split], **request.options}
-    seed = 3 * request.seed + SPLITS.index(request.split)  # no two splits of any seeds share a stream
-    images, labels, masks, _ = shapes.generate(**options, image_size=request.image_size or 32, seed=seed)
-    return ImageData(images, labels, shapes.CLASSES, shapes.MEAN, shapes.STD, masks, "shapes", request.split)
-
-
-def _mnist(request: _Request) -> ImageData:
-    provide("mnist", request.root, download=request.options.get("download", True))
-    for name, (magic, expected) in MNIST.items():
+@dataset(
+    "mnist",
+    label="MNIST",
+    classes=10,
+    size=28,
+    ink=True,
+    source="https://ossci-datasets.s3.amazonaws.com/mnist/ (by torchvision.datasets.MNIST)",
+    licence="research use",
+    cite="LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, Proc. IEEE 86(11), "
+    "1998, doi:10.1109/5.726791",
+    download=lambda root: datasets.MNIST(root, download=True),
+    present=lambda root: all((root / "MNIST" / "raw" / file).is_file() for file in MNIST),
+    layouts=({"folder": "MNIST/raw", "algorithm": "sha256", "files": {name: e[2] for name, e in MNIST.items()}},),
+)
+def mnist(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
+    """Handwritten digits, grey: 50,000 / 10,000 / 10,000 images; `download` fetches what is missing."""
+    provide("mnist", request.root, download=download)
+    for name, (magic, expected, _) in MNIST.items():
         path = request.root / "MNIST" / "raw" / name
         with path.open("rb") as file:
             found = int.from_bytes(file.read(4), "big")
@@ -143,86 +166,205 @@ def _mnist(request: _Request) -> ImageData:
         if size != expected:
             what = "is truncated" if size < expected else "is too long"
             raise ValueError(f"{path} {what}: {size} bytes instead of {expected}; delete it and fetch again")
-    source = datasets.MNIST(str(request.root))
-    parts = _divided(source.data[:, None], source.targets, 50_000)
-    if request.split == "test":
-        source = datasets.MNIST(str(request.root), train=False)
-        parts["test"] = (source.data[:, None], source.targets)
-    return _in_memory(request, "mnist", _DIGITS, parts)
+    source = datasets.MNIST(str(request.root), train=request.split != "test")
+    return _divided(source.data[:, None], source.targets, request.split, 50_000)
 
 
-def _cifar10(request: _Request) -> ImageData | ImageStream:
-    provide("cifar10", request.root, download=request.options.get("download", True))
-    if not (request.root / CIFAR).is_dir():  # the copy as JPEG files is another data set: its name says so
-        files, labels, classes = _folder_files(request.root / "cifar10" / "train")
-        order = permutation(len(labels))
-        chosen = {"train": order[:45_000].tolist(), "val": order[45_000:].tolist()}
-        parts = {split: ([files[i] for i in index], labels[index]) for split, index in chosen.items()}
-        parts["test"] = _folder_files(request.root / "cifar10" / "test", classes)[:2]
-        return _from_files(request, "cifar10-jpeg", classes, parts, request.image_size or 32)
+@dataset(
+    "cifar10",
+    label="CIFAR-10",
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    size=32,
+    source="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (by torchvision.datasets.CIFAR10)",
+    licence="research use",
+    cite="Krizhevsky: Learning multiple layers of features from tiny images, technical report, University of Toronto, "
+    "2009",
+    download=lambda root: datasets.CIFAR10(root, download=True),
+    present=lambda root: any((root / folder).is_dir() for folder in (CIFAR, "cifar10/train")),
+    layouts=(
+        {
+            "folder": CIFAR,
+            "algorithm": "md5",
+            "files": dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list)
+            | {"batches.meta": datasets.CIFAR10.meta["md5"]},
+        },
+        {"folder": "cifar10", "images": {"train": 50_000, "test": 10_000}},
+    ),
+)
+def cifar10(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor] | ImageData | ImageStream:
+    """Photographs, colour: 45,000 / 5,000 / 10,000 images; `download` fetches what is missing.
+
+    A copy as JPEG files, which is read where there is no other, is another data set, and its name says so.
+    """
+    provide("cifar10", request.root, download=download)
+    if not (request.root / CIFAR).is_dir():
+        files, classes = _labelled(request.root / "cifar10" / "train")
+        files = _shuffled(files)
+        parts = {"train": files[:45_000], "val": files[45_000:]}
+        parts["test"], _ = _labelled(request.root / "cifar10" / "test", classes)
+        return _from_files(request, "cifar10-jpeg", classes, parts)
     try:
-        sources = [datasets.CIFAR10(str(request.root), train=train) for train in (True, False)]
+        source = datasets.CIFAR10(str(request.root), train=request.split != "test")
     except RuntimeError as error:
         raise ValueError(f"{request.root / CIFAR} is incomplete or corrupt; delete it and fetch again") from error
-    (images, labels), test = ((torch.from_numpy(s.data).movedim(-1, 1), torch.tensor(s.targets)) for s in sources)
-    return _in_memory(request, "cifar10", sources[0].classes, {**_divided(images, labels, 45_000), "test": test})
+    images = torch.from_numpy(source.data).movedim(-1, 1)
+    return _divided(images, torch.tensor(source.targets), request.split, 45_000)
 
 
-def _caltech101(request: _Request) -> ImageData | ImageStream:
-    """Of each class 25 images for training, 5 for validation, and up to 50 of the others for the test."""
-    provide("caltech101", request.root, download=request.options.get("download", True))
-    files, labels, classes = _folder_files(request.root / CALTECH, without="BACKGROUND_Google")
-    index: dict[str, list[int]] = {split: [] for split in SPLITS}
+@dataset(
+    "caltech101",
+    label="Caltech-101",
+    classes=101,
+    size=96,
+    source="https://data.caltech.edu/records/mzrjq-6wc02 (by torchvision.datasets.Caltech101)",
+    licence="research use; the CaltechDATA record says CC BY 4.0",
+    cite="Fei-Fei, Fergus, Perona: Learning generative visual models from few training examples, CVPR Workshop, 2004, "
+    "doi:10.1109/CVPR.2004.383; data doi:10.22002/D1.20086",
+    download=lambda root: datasets.Caltech101(root, download=True),
+    present=lambda root: (root / CALTECH).is_dir(),
+    layouts=({"folder": CALTECH, "without": "BACKGROUND_Google", "images": {".": 8677}},),
+)
+def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageStream:
+    """Photographs, colour; `download` fetches what is missing.
+
+    Of each class 25 images are for training, 5 for validation, and up to 50 of the others for the test.
+    """
+    provide("caltech101", request.root, download=download)
+    files, classes = _labelled(request.root / CALTECH, without="BACKGROUND_Google")
+    parts: dict[str, Files] = {split: [] for split in SPLITS}
     for c, name in enumerate(classes):
-        own = (labels == c).nonzero()[:, 0]
+        own = [file for file in files if file[1] == c]
         if len(own) < 31:
             raise ValueError(f"{request.root / CALTECH / name} holds {len(own)} images, Caltech-101 has at least 31")
-        own = own[permutation(len(own), seed=c)][:80]
-        for split, part in zip(SPLITS, torch.split(own, [25, 5, len(own) - 30]), strict=True):
-            index[split] += part.tolist()
-    parts = {split: ([files[i] for i in chosen], labels[chosen]) for split, chosen in index.items()}
-    return _from_files(request, "caltech101", classes, parts, request.image_size or 96)
+        own = _shuffled(own, seed=c)[:80]
+        for split, part in zip(SPLITS, (own[:25], own[25:30], own[30:]), strict=True):
+            parts[split] += part
+    return _from_files(request, "caltech101", classes, parts)
 
 
-def _folder(request: _Request) -> ImageData | ImageStream:
-    root, split = request.root, request.split
-    if not root.is_dir():
-        raise FileNotFoundError(f"image folder {root} does not exist")
-    files, labels, classes = _folder_files(root / "train")
-    size = request.image_size or min(224, side_of(files[0]))
-    parts = {"train": (files, labels)}
-    for other in ("val", "test"):
-        if (root / other).is_dir():
-            parts[other] = _folder_files(root / other, classes)[:2]
+@dataset(
+    "imagenet10",
+    label="ImageNet, 10 classes",
+    classes=10,
+    size=64,
+    source="https://www.image-net.org (ten classes of Tiny ImageNet, put there by you)",
+    licence="research use",
+    cite="Deng, Dong, Socher, Li, Li, Fei-Fei: ImageNet: a large-scale hierarchical image database, CVPR, 2009, "
+    "doi:10.1109/CVPR.2009.5206848",
+    present=lambda root: (root / "imagenet10" / "train").is_dir(),
+    layouts=({"folder": "imagenet10", "images": {"train": 4500, "test": 1000}},),
+)
+def imagenet10(request: Request) -> ImageData | ImageStream:
+    """Photographs, colour, of ten classes: 4,050 / 450 / 1,000 images."""
+    provide("imagenet10", request.root)
+    return _tree(request, request.root / "imagenet10", "imagenet10")
+
+
+@dataset(
+    "digits",
+    label="Optical recognition of handwritten digits (8 x 8)",
+    classes=10,
+    size=28,
+    ink=True,
+    source="inside scikit-learn (sklearn.datasets.load_digits)",
+    licence="CC BY 4.0, as the UCI Machine Learning Repository states",
+    cite="Alpaydin, Kaynak: Optical recognition of handwritten digits, UCI Machine Learning Repository, 1998, "
+    "doi:10.24432/C50P49",
+)
+def digits(request: Request) -> tuple[Tensor, Tensor]:
+    """Handwritten digits, grey, 8 x 8 enlarged: 1,000 / 297 / 500 images."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    images = torch.from_numpy(source.images).float().mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(source.target)
+    index = torch.split(permutation(len(labels)), [1000, 297, 500])[SPLITS.index(request.split)]
+    return images[index], labels[index]
+
+
+@dataset(
+    "shapes",
+    label="Shapes (procedural)",
+    classes=CLASSES,
+    size=32,
+    source="made by sdecor.shapes.generate",
+    licence="MIT, as the code that makes it",
+    cite="this repository",
+)
+def shapes(
+    request: Request,
+    *,
+    samples: Annotated[int | None, Between(1)] = None,
+    cue_strength: Strength = 0.5,
+    cue_copies: Copies = 2,
+) -> ImageData:
+    """Outlines with exact masks, colour, and a cue that may betray the class, see `sdecor.shapes.generate`.
+
+    There are 2,000 / 500 / 1,000 images, or as many `samples` as asked for.
+    """
+    samples = samples or {"train": 2000, "val": 500, "test": 1000}[request.split]
+    seed = 3 * request.seed + SPLITS.index(request.split)  # no two splits of any seeds share a stream
+    images, labels, masks, _ = generate(
+        samples, image_size=request.image_size or 32, cue_strength=cue_strength, cue_copies=cue_copies, seed=seed
+    )
+    return ImageData(images, labels, CLASSES, MEAN, STD, masks, "shapes", request.split)
+
+
+@dataset("folder", label="image folder", source="yours", present=lambda root: False)  # it lies below no data root
+def folder(
+    request: Request,
+    *,
+    memory_limit: Annotated[int, Between(0)] = 2 << 30,
+    workers: Annotated[int | None, Between(0)] = None,
+) -> ImageData | ImageStream:
+    """Images of your own, see `load`.
+
+    If more than `memory_limit` bytes of decoded images, they are streamed, by so many `workers` (processes; 4 at most,
+    and no more than there are cores, by default).
+    """
+    if not request.root.is_dir():
+        raise FileNotFoundError(f"image folder {request.root} does not exist")
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    return _tree(request, request.root, f"folder:{request.root.name}", memory_limit, workers)
+
+
+def _tree(
+    request: Request, root: Path, name: str, memory_limit: int | None = None, workers: int = 0
+) -> ImageData | ImageStream:
+    """Images under ``root/SPLIT/CLASS``; a constant tenth of the training images validates if there is no ``val``."""
+    files, classes = _labelled(root / "train")
+    size = request.image_size or min(224, side_of(files[0][0]))
+    parts = {s: _labelled(root / s, classes)[0] for s in ("val", "test") if (root / s).is_dir()}
     if "val" not in parts:
         if len(files) < 2:
             raise ValueError(f"{root / 'train'} holds 1 image; at least 2 are needed, one to validate on")
-        order, held = permutation(len(labels)), max(1, len(labels) // 10)
-        for name, index in (("val", order[:held]), ("train", order[held:])):
-            parts[name] = ([files[i] for i in index.tolist()], labels[index])
-    if split not in parts:
+        files, held = _shuffled(files), max(1, len(files) // 10)
+        parts["val"], files = files[:held], files[held:]
+    parts["train"] = files
+    if request.split not in parts:
         raise FileNotFoundError(f"image folder {root} has no test split; put images in {root / 'test'}/CLASS")
-    return _from_files(request, f"folder:{root.name}", classes, parts, size)
+    return _from_files(replace(request, image_size=size), name, classes, parts, memory_limit, workers)
 
 
-def _folder_files(
-    folder: Path, classes: Sequence[str] | None = None, *, without: str = ""
-) -> tuple[list[str], Tensor, tuple[str, ...]]:
-    """Sorted image files under ``folder/CLASS``, their labels, and the classes: those found, or `classes` if given."""
-    inside = folder.iterdir() if folder.is_dir() else ()
+def _labelled(root: Path, classes: Sequence[str] | None = None, *, without: str = "") -> tuple[Files, tuple[str, ...]]:
+    """Sorted image files ``root/CLASS/*`` with their labels, and the classes: those found, or `classes` if given."""
+    inside = root.iterdir() if root.is_dir() else ()
     found = [p.name for p in inside if p.is_dir() and p.name != without and not p.name.startswith(".")]
     if not found:
-        raise ValueError(f"{folder} holds no class folders; put the images in {folder}/CLASS ({', '.join(EXTENSIONS)})")
+        raise ValueError(f"{root} holds no class folders; put the images in {root}/CLASS ({', '.join(EXTENSIONS)})")
     names = tuple(sorted(found) if classes is None else classes)
     if unknown := sorted(set(found) - set(names)):
-        raise ValueError(f"{folder / unknown[0]} is a class that the training images lack")
-    pairs = make_dataset(folder, {c: i for i, c in enumerate(names)}, EXTENSIONS, allow_empty=True)
-    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
-    counts = torch.bincount(labels, minlength=len(names)).tolist()
-    for c, count in zip(names, counts, strict=True):
-        if c in found and not count:
-            raise ValueError(f"{folder / c} holds no images ({', '.join(EXTENSIONS)}); add some or delete it")
-    return [path for path, _ in pairs], labels, names
+        raise ValueError(f"{root / unknown[0]} is a class that the training images lack")
+    files: Files = make_dataset(root, {c: i for i, c in enumerate(names)}, EXTENSIONS, allow_empty=True)
+    filled = {label for _, label in files}
+    for i, c in enumerate(names):
+        if c in found and i not in filled:
+            raise ValueError(f"{root / c} holds no images ({', '.join(EXTENSIONS)}); add some or delete it")
+    return files, names
+
+
+def _shuffled(files: Files, seed: int = 0) -> Files:
+    return [files[i] for i in permutation(len(files), seed).tolist()]
 
 
 @lru_cache(maxsize=6)
@@ -231,31 +373,26 @@ def _decoded(files: tuple[str, ...], size: int) -> Tensor:
 
 
 def _from_files(
-    request: _Request, name: str, classes: Sequence[str], parts: dict[str, tuple[list[str], Tensor]], size: int
+    request: Request,
+    name: str,
+    classes: tuple[str, ...],
+    parts: dict[str, Files],
+    memory_limit: int | None = None,
+    workers: int = 0,
 ) -> ImageData | ImageStream:
-    """The asked part, in memory if it fits; mean and std from a constant sample of the training part."""
-    own = name.startswith("folder:")
-    read = decode_all if own else _decoded
-    some = permutation(len(parts["train"][0]))[:_SAMPLE].tolist()
-    mean, std = moments(read(tuple(parts["train"][0][i] for i in some), size))
-    files, labels = parts[request.split]
+    """The asked part, in memory if it fits; mean and std from a constant sample of the training part.
+
+    With no `memory_limit`, the files belong to a data set that does not change, and stay in memory for the next run.
+    """
+    size, split, files = request.image_size or 0, request.split, parts[request.split]
+    read = _decoded if memory_limit is None else decode_all
+    mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:_SAMPLE]), size))
     if request.limit is not None and request.limit < len(files):  # before decoding; the same choice as `subset` makes
-        chosen = permutation(len(files))[: request.limit].sort().values
-        files, labels = [files[i] for i in chosen.tolist()], labels[chosen]
-    names, split = tuple(classes), request.split
-    if own and len(files) * 3 * size**2 > request.options.get("memory_limit", 2 << 30):
-        workers = request.options.get("workers", min(4, os.cpu_count() or 1))
-        return ImageStream(tuple(files), labels, names, mean, std, size, name, split, workers)
-    return ImageData(read(tuple(files), size), labels, names, mean, std, name=name, split=split)
+        files = [files[i] for i in sorted(permutation(len(files))[: request.limit].tolist())]
+    paths, labels = tuple(path for path, _ in files), torch.tensor([label for _, label in files], dtype=torch.int64)
+    if memory_limit is not None and len(paths) * 3 * size**2 > memory_limit:
+        return ImageStream(paths, labels, classes, mean, std, size, name, split, workers)
+    return ImageData(read(paths, size), labels, classes, mean, std, name=name, split=split)
 
 
-_LOADERS: dict[str, tuple[Callable[[_Request], ImageData | ImageStream], tuple[str, ...]]] = {
-    "mnist": (_mnist, ("download",)),
-    "cifar10": (_cifar10, ("download",)),
-    "caltech101": (_caltech101, ("download",)),
-    "digits": (_digits, ()),
-    "shapes": (_shapes, ("samples", "cue_strength", "cue_copies")),
-    "folder": (_folder, ("memory_limit", "workers")),
-}
-
-__all__ = ["SPLITS", "ImageData", "ImageStream", "available", "check", "data_root", "fetch", "load"]
+__all__ = ["ImageData", "ImageStream", "Request", "available", "check", "data_root", "dataset", "fetch", "load"]

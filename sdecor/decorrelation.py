@@ -1,19 +1,19 @@
 """The decorrelation regularizer D(Z) and its relatives, chosen by name.
 
-Each takes features of one layer and returns a scalar that is 0 when the channels within each group are uncorrelated
-(or white, where the form asks for unit variance too). All are computed in at least float32.
+A penalty takes the features of one layer in groups, ``(G, N, g)`` of at least float32 (`sdecor.whitening.grouped`), and
+gives a scalar that is 0 when the channels within each group are uncorrelated, or white where it asks for unit variance.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
+from sdecor.registers import PENALTIES
 from sdecor.whitening import covariance, full_precision, grouped, whitening_matrix
 
+penalty = PENALTIES.register
 _VARIANCE_FLOOR = 1e-8  # below it a channel counts as constant: it correlates with nothing
 
 
@@ -28,50 +28,52 @@ def correlation_matrix(cov: Tensor) -> Tensor:
     return cov / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
 
 
-def _correlation(x: Tensor) -> Tensor:
+@penalty(label="squared correlation")
+def correlation(x: Tensor) -> Tensor:
+    """Mean squared off-diagonal correlation, in [0, 1], blind to scale (our default)."""
     c = correlation_matrix(covariance(x)[1])
     pairs = max(c.shape[-1] * (c.shape[-1] - 1), 1)
     return (_off_diagonal(c).square().sum((-2, -1)) / pairs).mean()
 
 
-def _zca(x: Tensor) -> Tensor:
+@penalty(label="distance to ZCA", source="arXiv:1804.08450")
+def zca(x: Tensor) -> Tensor:
+    """Mean squared distance to the features' own ZCA-whitened version, which is held fixed."""
     with torch.no_grad():
         mean, cov = covariance(x)
         white = (x - mean) @ whitening_matrix(cov).mT
     return mse_loss(x - mean, white)  # the gradient through the mean is 0: both have mean 0
 
 
-def _covariance(x: Tensor) -> Tensor:
+@penalty(name="covariance", label="covariance to identity")
+def covariance_to_identity(x: Tensor) -> Tensor:
+    """Squared Frobenius distance of the covariance to the identity, over g."""
     cov = covariance(x)[1]
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     return ((cov - identity).square().sum((-2, -1)) / cov.shape[-1]).mean()
 
 
-def _barlow(x: Tensor, off_diagonal_weight: float = 0.0051) -> Tensor:
+@penalty(label="Barlow Twins", source="arXiv:2103.03230")
+def barlow(x: Tensor, off_diagonal_weight: float = 0.0051) -> Tensor:
+    """The redundancy reduction of Barlow Twins with the batch as both views."""
     c = correlation_matrix(covariance(x)[1])
     on = (1 - c.diagonal(dim1=-2, dim2=-1)).square().sum(-1)
     return (on + off_diagonal_weight * _off_diagonal(c).square().sum((-2, -1))).mean()
 
 
-def _vicreg(x: Tensor, variance_weight: float = 25.0) -> Tensor:
+@penalty(label="VICReg", source="arXiv:2105.04906")
+def vicreg(x: Tensor, variance_weight: float = 25.0) -> Tensor:
+    """Variance hinge and covariance term of VICReg."""
     unbiased = covariance(x)[1] * (x.shape[1] / (x.shape[1] - 1))
     std = (unbiased.diagonal(dim1=-2, dim2=-1) + 1e-4).sqrt()
     off = _off_diagonal(unbiased).square().sum((-2, -1)) / x.shape[-1]
     return (variance_weight * relu(1 - std).mean(-1) + off).mean()
 
 
-def _decov(x: Tensor) -> Tensor:
+@penalty(label="DeCov", source="arXiv:1511.06068")
+def decov(x: Tensor) -> Tensor:
+    """Half the squared off-diagonal covariances."""
     return (_off_diagonal(covariance(x)[1]).square().sum((-2, -1)) / 2).mean()
-
-
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "correlation": _correlation,
-    "zca": _zca,
-    "covariance": _covariance,
-    "barlow": _barlow,
-    "vicreg": _vicreg,
-    "decov": _decov,
-}
 
 
 def decorrelation(
@@ -81,14 +83,7 @@ def decorrelation(
 
     Args:
         z: Features ``(B, C)`` or ``(B, C, H, W)``; every position of a map counts as a sample.
-        kind: One of
-
-            - ``correlation``: mean squared off-diagonal correlation, in [0, 1], blind to scale (our default);
-            - ``zca``: mean squared distance to the features' own ZCA-whitened version, which is held fixed;
-            - ``covariance``: ``||cov - I||_F^2 / g``;
-            - ``barlow``: the redundancy reduction of Barlow Twins with the batch as both views (arXiv:2103.03230);
-            - ``vicreg``: variance hinge and covariance term of VICReg (arXiv:2105.04906);
-            - ``decov``: half the squared off-diagonal covariances, DeCov (arXiv:1511.06068).
+        kind: Name of a penalty.
         group_size: Channels per group; None for one group of all channels.
         layer: Name used in error messages.
 
@@ -106,7 +101,7 @@ def decorrelation(
         >>> decorrelation(z, group_size=2)
         tensor(1.)
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown decorrelation '{kind}'; known: {', '.join(KINDS)}")
+    function = PENALTIES[kind].function
     with torch.autocast(z.device.type, enabled=False):
-        return KINDS[kind](grouped(full_precision(z), group_size, layer=layer))
+        value: Tensor = function(grouped(full_precision(z), group_size, layer=layer))
+    return value

@@ -5,78 +5,22 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterable
-from dataclasses import replace
-from datetime import UTC, datetime
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
-import sdecor
 from sdecor._files import locked
-from sdecor.data import load
-from sdecor.images import ImageData, ImageStream, permutation
-from sdecor.measures.suite import measure, remove_salient
+from sdecor.config import Run
+from sdecor.evaluation import exhibit, measure
+from sdecor.images import ImageData, ImageStream
 from sdecor.models import build
-from sdecor.objective import METHODS
-from sdecor.runs import Record, Run, Store
-from sdecor.training import device_of, fit
-
-__all__ = ["Record", "Run", "Store", "data_of", "environment", "execute", "grid", "method_grid"]
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions, commit and date of work done now."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        folder = Path(__file__).parent
-        commit = subprocess.check_output(describe, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
-        commit = "unknown"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sdecor": sdecor.__version__,
-        "commit": commit,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def data_of(
-    run: Run, store: Store, split: str, *, root: str | os.PathLike[str] | None = None, device: str = "cpu"
-) -> ImageData | ImageStream:
-    """The images and labels of a split as `run` has them: fewer, with other labels, or without their salient pixels.
-
-    Args:
-        run: Any run.
-        store: Where, if pixels are removed, the network lies that says which.
-        split: ``train``, ``val`` or ``test``.
-        root: Data root (see `sdecor.data.load`).
-        device: Where to compute which pixels go: ``cpu``, ``cuda`` or ``auto``.
-
-    Raises:
-        FileNotFoundError: If the data or that network are absent.
-        ValueError: If pixels are to be removed from images that are streamed.
-    """
-    limit = run.limit if split == "train" else None
-    data = load(run.data, root, split, limit=limit, **dict(run.data_options))
-    if run.permuted_labels and split == "train":
-        data = replace(data, labels=data.labels[permutation(len(data), run.seed)])
-    if not run.removed:
-        return data
-    model = None
-    if run.removed_by != "random":
-        base = replace(run, removed=0.0)
-        model = store.model(base, data.channels, data.num_classes, data.image_size).to(device_of(device))
-    return remove_salient(data, model, run.removed_by, run.removed)
+from sdecor.prepare import data_of, without_removal
+from sdecor.store import SHAPE, Record, Store, environment
+from sdecor.training import History, device_of, fit
 
 
 def execute(
@@ -112,33 +56,57 @@ def execute(
     with locked(checkpoint.with_suffix(".lock"), wait=wait) as mine:
         if not mine:
             return record
-        if (record := store.record(run)) is not None:  # finished by others while we waited, or killed when tidying up
-            checkpoint.unlink(missing_ok=True)
-            return record
-        where, started = device_of(device), time.perf_counter()
-        how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
-        if run.removed and run.removed_by != "random":
-            execute(replace(run, removed=0.0), store, root=root, **how)
-        train, held_out = (data_of(run, store, s, root=root, device=device) for s in ("train", run.evaluate_on))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model = build(run.model, train.channels, train.num_classes, train.image_size)
-        history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=checkpoint, **how)
-        metrics, curves = measure(model, held_out, layers=run.layers, device=where, thorough=run.thorough)
-        weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-        content = safetensors.torch.save(weights)
-        took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
-        seconds = {name: round(value, 1) for name, value in took.items()}
-        record = Record(
-            run=run,
-            metrics=metrics,
-            curves={**{f"loss_{k}": v for k, v in history.terms.items()}, **curves},
-            environment={**environment(where), "amp": amp, "compiled": compiled, **seconds},
-            weights_sha256=hashlib.sha256(content).hexdigest(),
-        )
-        store.write(record, content)
+        if (record := store.record(run)) is None:  # else finished by others while we waited, or killed when tidying up
+            how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
+            record = _done(run, store, root, how)
         checkpoint.unlink(missing_ok=True)
         return record
+
+
+def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any]) -> Record:
+    """Train, measure, and write what is left."""
+    where, started = device_of(how["device"]), time.perf_counter()
+    if run.data.removed and run.data.removed_by != "random":
+        execute(without_removal(run), store, root=root, **how)
+    splits = ("train", run.evaluate_on)
+    train, held_out = (data_of(run, store, split, root=root, device=how["device"]) for split in splits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = build(run.model.name, *(getattr(train, name) for name in SHAPE), **dict(run.model.options))
+    history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=store.checkpoint(run), **how)
+    layers = run.objective.settings.get("layers", ())
+    metrics, curves = measure(model, held_out, layers=layers, device=where, thorough=run.thorough)
+    shown = exhibit(model, held_out, device=where) if run.thorough else None
+    took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
+    content = _weights(model)
+    record = Record(
+        run=run,
+        metrics=metrics,
+        curves={**_losses(history), **curves},
+        shape=_shape(train),
+        environment={
+            **environment(where),
+            "amp": how["amp"],
+            "compiled": how["compiled"],
+            **{name: round(value, 1) for name, value in took.items()},
+        },
+        weights_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    store.write(record, content, shown)
+    return record
+
+
+def _weights(model: nn.Module) -> bytes:
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    return safetensors.torch.save(state)
+
+
+def _losses(history: History) -> dict[str, list[float]]:
+    return {f"loss_{name}": values for name, values in history.terms.items()}
+
+
+def _shape(data: ImageData | ImageStream) -> dict[str, int]:
+    return {name: getattr(data, name) for name in SHAPE}
 
 
 def grid(
@@ -147,7 +115,7 @@ def grid(
     """Do all `runs`, those already recorded excepted, and return the records in the same order.
 
     Processes share the work by the locks of the store alone, so a second `grid` on the same store, from another shell
-    or another machine with the same disk, simply helps.
+    or another machine with the same disk, simply helps. Where there are several GPUs, workers take them in turn.
 
     Args:
         runs: What to do.
@@ -164,7 +132,10 @@ def grid(
     if workers > 1:
         context = multiprocessing.get_context("spawn")
         how = {**settings, "threads": threads or 1}
-        processes = [context.Process(target=grid, args=(todo, store), kwargs=how) for _ in todo[:workers]]
+        places = devices(how.get("device", "cpu"), min(workers, len(todo)))
+        processes = [
+            context.Process(target=grid, args=(todo, store), kwargs={**how, "device": place}) for place in places
+        ]
         for p in processes:
             p.start()
         for p in processes:
@@ -178,6 +149,7 @@ def grid(
     return [record for run in todo if (record := execute(run, store, **settings)) is not None]
 
 
-def method_grid(seeds: Iterable[int], methods: Iterable[str] = tuple(METHODS), **settings: Any) -> list[Run]:
-    """Runs of every method with every seed, all else equal."""
-    return [Run(method=m, seed=s, **settings) for s, m in product(seeds, methods)]
+def devices(name: str, workers: int) -> list[str]:
+    """A device for each worker: the GPUs that are there, one after the other, if `name` leaves open which."""
+    count = torch.cuda.device_count() if name in ("cuda", "auto") else 0
+    return [f"cuda:{i % count}" if count else name for i in range(workers)]

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as pil
 
-AUGMENTATIONS = ("crop", "flip", "flip-crop")
+from sdecor.config import AUGMENTATIONS
+from sdecor.registers import DATASETS, OneOf
+
 _CPU = torch.device("cpu")
 
 
@@ -37,32 +39,51 @@ def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean), tuple(std)
 
 
-def augmented(x: Tensor, how: str, generator: torch.Generator | None = None) -> Tensor:
-    """Flip each image left-right with probability 1/2 (``flip``), shift it by up to H // 8 pixels (``crop``), or both.
+def resized(images: Tensor, size: int) -> Tensor:
+    """uint8 images (N, C, H, W) brought to a side of `size` pixels, bilinearly and without aliasing."""
+    if images.shape[-1] == size:
+        return images
+    x = interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
+    """Change each image at random, in the order of the list below, whatever the order of the names.
+
+    - ``flip``: left-right with probability 1/2;
+    - ``crop``: a shift by up to H // 8 pixels, where black moves in at the border;
+    - ``cutout``: a black square of side H // 2, centred on any pixel and cut at the border (arXiv:1708.04552).
 
     Args:
-        x: Images (B, C, H, W) of any type, on any device. Zeros (black, in uint8) move in at the border.
-        how: Name in `AUGMENTATIONS`.
+        x: Images (B, C, H, W), uint8 as black is 0, on any device.
+        names: Some of `sdecor.config.AUGMENTATIONS`.
         generator: Source of the draws, made on its own device: a CPU generator gives the same images on every device.
 
     Raises:
-        ValueError: If `how` is unknown.
+        ValueError: If a name is unknown.
     """
-    if how not in AUGMENTATIONS:
-        raise ValueError(f"unknown augment '{how}'; known: {', '.join(AUGMENTATIONS)}")
+    for name in names:
+        OneOf(AUGMENTATIONS).check("augmentation", name)
     b, _, h, w = x.shape
     at = _CPU if generator is None else generator.device
     rows, cols = torch.arange(h, device=x.device).expand(b, h), torch.arange(w, device=x.device).expand(b, w)
-    if "flip" in how:
+    inside = (rows[:, :, None], cols[:, None, :])
+    if "flip" in names:
         flipped = torch.rand(b, 1, generator=generator, device=at).to(x.device) < 0.5
         cols = torch.where(flipped, w - 1 - cols, cols)
-    if "crop" in how:
+    if "crop" in names:
         reach = max(h // 8, 1)
         x = pad(x, (reach, reach, reach, reach))
         shift = torch.randint(2 * reach + 1, (2, b, 1), generator=generator, device=at).to(x.device)
         rows, cols = rows + shift[0], cols + shift[1]
     index = torch.arange(b, device=x.device)[:, None, None]
-    return x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1).contiguous()
+    x = x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1).contiguous()
+    if "cutout" in names:
+        side = max(h // 2, 1)
+        starts = (torch.randint(n, (b, 1, 1), generator=generator, device=at).to(x.device) - side // 2 for n in (h, w))
+        hole = [(start <= place) & (place < start + side) for start, place in zip(starts, inside, strict=True)]
+        x = x.masked_fill((hole[0] & hole[1])[:, None], 0)
+    return x
 
 
 class _Images(ABC):
@@ -85,6 +106,11 @@ class _Images(ABC):
     def num_classes(self) -> int:
         """Number of classes; every label lies below it."""
         return len(self.classes)
+
+    @property
+    def object_masks(self) -> Tensor | None:
+        """Pixels of the objects, bool (N, H, W): exact ones, or the ink of a data set of ink, or None if not known."""
+        return None
 
     @abstractmethod
     def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -109,7 +135,7 @@ class _Images(ABC):
         *,
         shuffle: bool = False,
         generator: torch.Generator | None = None,
-        augment: bool | str = False,
+        augment: Sequence[str] = (),
         drop_last: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over ``(x, y)``: float32 normalized (B, C, H, W) and int64 (B,).
@@ -120,7 +146,7 @@ class _Images(ABC):
             batch_size: Images per batch; the last batch may be smaller.
             shuffle: Draw the order from `generator` (without one, from torch's global state).
             generator: Source of order and augmentation, best on the CPU: then every device sees the same draws.
-            augment: Name in `AUGMENTATIONS`; True is ``flip-crop`` for colour images and ``crop`` for grey ones.
+            augment: Names for `augmented`.
             drop_last: Leave a smaller last batch out.
 
         Raises:
@@ -128,12 +154,11 @@ class _Images(ABC):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        how = ("flip-crop" if self.channels == 3 else "crop") if augment is True else augment
         at = _CPU if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=at) if shuffle else torch.arange(len(self))
         parts = torch.split(order, batch_size) if len(order) else ()
         for images, y in self._read([part for part in parts if len(part) == batch_size or not drop_last]):
-            yield self._normalize(augmented(images, how, generator) if how else images), y
+            yield self._normalize(augmented(images, augment, generator) if augment else images), y
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +193,8 @@ class ImageData(_Images):
         *,
         classes: Sequence[str] | None = None,
         masks: Tensor | None = None,
-        train: ImageData | None = None,
+        train: ImageData | ImageStream | None = None,
+        image_size: int | None = None,
         name: str = "custom",
         split: str = "train",
     ) -> ImageData:
@@ -180,6 +206,7 @@ class ImageData(_Images):
             classes: Names; by default ``"0", "1", ...`` up to the largest label.
             masks: bool (N, H, W) or None.
             train: The training split, whose classes, mean and std this split takes over; None if this is it.
+            image_size: Side in pixels that images and masks are brought to; by default their own.
             name: Of the data set.
             split: Name of the split.
 
@@ -207,6 +234,10 @@ class ImageData(_Images):
             images = images.mul(255).round().to(torch.uint8)
         elif images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8 or float, got {images.dtype}")
+        if image_size is not None:
+            images = resized(images, image_size)
+        if image_size is not None and masks is not None:
+            masks = interpolate(masks[:, None].float(), size=(image_size, image_size), mode="nearest-exact")[:, 0]
         labels = labels.long()
         if train is not None:
             classes = train.classes
@@ -220,6 +251,12 @@ class ImageData(_Images):
         if len(mean) != images.shape[1]:
             raise ValueError(f"images have {images.shape[1]} channels, those of the training split have {len(mean)}")
         return cls(images, labels, tuple(classes), mean, std, None if masks is None else masks.bool(), name, split)
+
+    @property
+    def object_masks(self) -> Tensor | None:  # noqa: D102
+        if self.masks is None and self.name in DATASETS and DATASETS[self.name].ink:
+            return (self.images > 0).any(1)
+        return self.masks
 
     @property
     def image_size(self) -> int:
@@ -310,13 +347,7 @@ class ImageStream(_Images):
 
     Args:
         paths: Of the files.
-        labels: int64 (N,).
-        classes: Their names.
-        mean: Of each channel of the training split, in [0, 1] units.
-        std: As `mean`.
         image_size: Height and width that every image is brought to.
-        name: Of the data set.
-        split: ``train``, ``val`` or ``test``.
         workers: Processes that decode; 0 decodes in this one.
         device: Where batches are put.
     """

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FILLS = ("uniform", "mean", "constant", "blur")
+from sdecor.registers import FILLS
+
+fill = FILLS.register
 
 
 def lowest(score: Tensor, fraction: float) -> Tensor:
@@ -54,11 +56,10 @@ def replacement(
 
     Args:
         x: Images ``(B, C, H, W)``; not modified.
-        kind: ``uniform`` noise between the least and the greatest value of the same image and channel; ``mean`` of the
-            image and channel; ``constant``, the given `value`; ``blur``, a Gaussian blur of sigma ``H / 10``.
+        kind: Name of a fill: a function that asks by name for some of the arguments of this one.
         value: For ``constant``, in the units of `x` (0 is the mean pixel of normalized images).
-        common: For ``uniform``, the same noise for every image, scaled to its range, so that an image's fill does not
-            depend on the images beside it.
+        common: The same noise for every image, scaled to its range, so that an image's fill does not depend on the
+            images beside it.
         generator: Source of the noise, on any device.
 
     Returns:
@@ -67,39 +68,61 @@ def replacement(
     Raises:
         ValueError: If `kind` is unknown.
     """
-    if kind == "uniform":
-        low, high = x.flatten(2).amin(2), x.flatten(2).amax(2)  # twice as fast as aminmax
-        device = x.device if generator is None else generator.device
-        noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=x.dtype).to(x.device)
-        if common:
-            return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None])
-        return torch.addcmul(low[..., None, None], noise, (high - low)[..., None, None], out=noise)
-    if kind == "mean":
-        return x.mean((2, 3), keepdim=True).expand_as(x)
-    if kind == "constant":
-        return torch.full_like(x, value)
-    if kind == "blur":
-        from torchvision.transforms.functional import gaussian_blur
-
-        sigma = x.shape[-2] / 10
-        widest = min(x.shape[-2:]) - 1 + min(x.shape[-2:]) % 2  # a kernel no wider than the image
-        blurred: Tensor = gaussian_blur(x, [min(2 * round(2 * sigma) + 1, widest)] * 2, [sigma, sigma])
-        return blurred
-    raise ValueError(f"unknown fill '{kind}'; known: {', '.join(FILLS)}")
+    given = {"x": x, "value": value, "common": common, "generator": generator}
+    filled: Tensor = FILLS[kind].ask(given)
+    return filled
 
 
-def masked(x: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
-    """Put `fill` where `mask` is True.
+@fill
+def uniform(x: Tensor, common: bool, generator: torch.Generator | None) -> Tensor:
+    """Noise between the least and the greatest value of the same image and channel."""
+    flat = x.contiguous().flatten(2)
+    low, high = flat.amin(2), flat.amax(2)  # twice as fast as aminmax
+    device = x.device if generator is None else generator.device
+    noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=x.dtype).to(x.device)
+    low, span = low[..., None, None], (high - low)[..., None, None]
+    return torch.addcmul(low, noise, span) if common else torch.addcmul(low, noise, span, out=noise)
+
+
+@fill
+def mean(x: Tensor) -> Tensor:
+    """The mean of the image and channel."""
+    return x.mean((2, 3), keepdim=True).expand_as(x)
+
+
+@fill
+def constant(x: Tensor, value: float) -> Tensor:
+    """One value everywhere."""
+    return torch.full_like(x, value)
+
+
+@fill
+def blur(x: Tensor) -> Tensor:
+    """A Gaussian blur of sigma ``H / 10``."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    sigma = x.shape[-2] / 10
+    widest = min(x.shape[-2:]) - 1 + min(x.shape[-2:]) % 2  # a kernel no wider than the image
+    blurred: Tensor = gaussian_blur(x, [min(2 * round(2 * sigma) + 1, widest)] * 2, [sigma, sigma])
+    return blurred
+
+
+def masked(x: Tensor, mask: Tensor, filling: Tensor) -> Tensor:
+    """Put `filling` where `mask` is True.
 
     Args:
         x: Images ``(B, C, H, W)``; not modified.
         mask: Boolean ``(B, H, W)``.
-        fill: Tensor of the shape of `x`, as from `replacement`.
+        filling: Tensor of the shape of `x`, as from `replacement`.
 
     Returns:
         Images ``(B, C, H, W)``.
     """
-    return torch.where(mask.unsqueeze(1), fill, x)
+    kinds = {(t.device.type, t.dtype, t.requires_grad) for t in (x, filling)}
+    if kinds == {("cpu", torch.float32, False)}:  # torch.where branches at every pixel, and guesses half of them wrong
+        new, old = filling.view(torch.int32), x.view(torch.int32)
+        return (new ^ old).bitwise_and_(-mask.unsqueeze(1).int()).bitwise_xor_(old).view(torch.float32)
+    return torch.where(mask.unsqueeze(1), filling, x)
 
 
 def impute(

@@ -1,7 +1,8 @@
 """Image classifiers, and the names of the layers whose features the method looks at.
 
-Every model is an ordinary `nn.Module`; none is changed by the method, and no weights are fetched. Seed torch before
-`build` for a reproducible initialization.
+A model is a callable that `model` enters: from the channels of the images, the number of logits K and the side of the
+images in pixels to an ordinary `nn.Module` from images (B, C, H, W) to logits (B, K). The method changes none of them,
+and no weights are fetched. Seed torch before `build` for a reproducible initialization.
 """
 
 from __future__ import annotations
@@ -10,22 +11,18 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-MODELS = ("lenet", "cnn_bn", "resnet18", "vgg11_bn", "vit")
+from sdecor.registers import MODELS, Between
+
+model = MODELS.register
 
 
+@model("lenet", label="LeNet", source="LeCun et al. 1998, doi:10.1109/5.726791")
 class LeNet(nn.Module):
-    """LeNet-5 with its widths rounded to multiples of eight, so that groups of 16 divide the features.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        image_size: height and width of the images in pixels, at least 12.
-
-    Source: LeCun et al. 1998, doi:10.1109/5.726791.
-    """
+    """LeNet-5 with its widths rounded to multiples of eight, so that groups of 16 divide the features."""
 
     def __init__(self, in_channels: int, num_classes: int, image_size: int) -> None:
         super().__init__()
@@ -53,7 +50,9 @@ class LeNet(nn.Module):
         return logits
 
 
-def _cnn_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+@model(label="CNN with batch norm")
+def cnn_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    """Three convolutions and two linear layers, each but the last with a ReLU."""
     _at_least("cnn_bn", image_size, 8)
     parts: dict[str, nn.Module] = {}
     for i, (before, width) in enumerate(pairwise((in_channels, 32, 64, 128)), start=1):
@@ -65,21 +64,39 @@ def _cnn_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
     return nn.Sequential(OrderedDict(parts, fc2=nn.Linear(128, num_classes)))
 
 
-def _resnet18(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    from torchvision.models import resnet18
+@model(label="ResNet-18", source="He et al. 2016, arXiv:1512.03385")
+def resnet18(
+    in_channels: int, num_classes: int, image_size: int, *, width: Annotated[int, Between(1)] = 64
+) -> nn.Module:
+    """The one of torchvision, with `width` channels in the first stage; half of them are a quarter of the work.
+
+    Up to 64 px the first convolution is 3 x 3 and no pooling follows: the ImageNet stem would leave a 32 px image with
+    one position in the last block.
+    """
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    class Scaled(ResNet):  # type: ignore[misc]
+        def _make_layer(self, block: Any, planes: int, *args: Any, **how: Any) -> nn.Sequential:
+            if planes == 64:
+                self.inplanes = width
+            stage: nn.Sequential = super()._make_layer(block, planes * width // 64, *args, **how)
+            return stage
 
     _at_least("resnet18", image_size, 8)
-    model: nn.Module = resnet18(weights=None, num_classes=num_classes)
-    stem = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-    if image_size <= 64:  # the ImageNet stem would leave a 32 px image with one position in the last block
-        stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        model.maxpool = nn.Identity()
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    model.conv1 = stem
-    return model
+    net: nn.Module = Scaled(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    if width != 64:
+        net.bn1, net.fc = nn.BatchNorm2d(width), nn.Linear(8 * width, num_classes)
+    net.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+    if image_size <= 64:
+        net.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(net.get_parameter("conv1.weight"), mode="fan_out", nonlinearity="relu")
+    return net
 
 
-def _vgg11_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+@model(label="VGG-11 with batch norm", source="Simonyan and Zisserman 2015, arXiv:1409.1556")
+def vgg11_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    """The convolutions of torchvision, and a head of two linear layers after an average over all positions."""
     from torchvision.models.vgg import cfgs, make_layers  # vgg11_bn() would first make a head of 120 million weights
 
     _at_least("vgg11_bn", image_size, 32)
@@ -95,93 +112,72 @@ def _vgg11_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
     return nn.Sequential(OrderedDict(parts))
 
 
-def _vit(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+@model(label="vision transformer", source="Dosovitskiy et al. 2021, arXiv:2010.11929")
+def vit(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    """The one of torchvision, with six layers of three heads, on 8 x 8 patches or as nearly as the image allows."""
     from torchvision.models import VisionTransformer
 
     divisors = [p for p in range(2, image_size + 1) if image_size % p == 0]
     patch = min(divisors, key=lambda p: abs(p - image_size / 8), default=1)
     if not 4 <= image_size // patch <= 16:
-        raise ValueError(
-            f"image_size={image_size} cannot be cut into 4 to 16 patches a side for vit; a multiple of 8 works"
-        )
-    model: nn.Module = VisionTransformer(
-        image_size=image_size,
-        patch_size=patch,
-        num_layers=6,
-        num_heads=3,
-        hidden_dim=192,
-        mlp_dim=768,
-        num_classes=num_classes,
-        representation_size=128,
-    )
-    embedding = nn.Conv2d(in_channels, 192, patch, stride=patch)
-    nn.init.trunc_normal_(embedding.weight, std=(in_channels * patch * patch) ** -0.5)
-    model.conv_proj = embedding
+        wanted = "4 to 16 patches a side for vit; a multiple of 8 works"
+        raise ValueError(f"image_size={image_size} cannot be cut into {wanted}")
+    sizes = {"num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768, "representation_size": 128}
+    net: nn.Module = VisionTransformer(image_size, patch, **sizes, num_classes=num_classes)
+    net.conv_proj = nn.Conv2d(in_channels, 192, patch, stride=patch)
+    nn.init.trunc_normal_(net.get_parameter("conv_proj.weight"), std=(in_channels * patch * patch) ** -0.5)
     # torchvision starts the head at zero, where every input gradient, hence every saliency map, is zero
-    nn.init.trunc_normal_(model.get_parameter("heads.head.weight"), std=0.02)
-    return model
+    nn.init.trunc_normal_(net.get_parameter("heads.head.weight"), std=0.02)
+    return net
 
 
-_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
-    "lenet": LeNet,
-    "cnn_bn": _cnn_bn,
-    "resnet18": _resnet18,
-    "vgg11_bn": _vgg11_bn,
-    "vit": _vit,
-}
-
-
-def build(name: str, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    """Build a freshly initialized classifier from images (B, C, H, W) to logits (B, K).
+def build(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:
+    """Build a freshly initialized classifier.
 
     Args:
-        name: one of `MODELS`, or `"package.module:factory"` for one's own: a callable that takes `in_channels`,
-            `num_classes` and `image_size` (in this order) and returns an `nn.Module`.
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        image_size: height and width of the images in pixels.
+        name: In `sdecor.registers.MODELS`, or ``package.module:factory`` for a callable of one's own.
+        in_channels: Channels of the images.
+        num_classes: Number of logits.
+        image_size: Height and width of the images in pixels.
+        **options: Of the model, see ``sdecor list models NAME``.
 
     Returns:
         The model in train mode, on the CPU. In-place activations are turned off, since hooks and input gradients
         need the values that they would overwrite.
 
     Raises:
-        ValueError: unknown name, a number below one, an image too small for the model, or a factory that cannot be
-            found.
-        TypeError: the factory is not callable or returns something else than an `nn.Module`.
+        ValueError: If a name or option is unknown or impossible, a number is below one, the image is too small for the
+            model, or a factory cannot be found.
+        TypeError: If the factory is not callable or returns something else than an `nn.Module`.
 
-    Example:
-        >>> import torch
-        >>> model = build("lenet", in_channels=1, num_classes=10, image_size=28)
-        >>> model(torch.zeros(2, 1, 28, 28)).shape
-        torch.Size([2, 10])
+    >>> import torch
+    >>> net = build("lenet", in_channels=1, num_classes=10, image_size=28)
+    >>> net(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
     """
     for argument, value in (("in_channels", in_channels), ("num_classes", num_classes), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be a positive whole number, got {value!r}")
     if ":" in name:
-        model = _factory(name)(in_channels, num_classes, image_size)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model {name!r} must return an nn.Module, it returned {type(model).__name__}")
-    elif name in _BUILDERS:
-        model = _BUILDERS[name](in_channels, num_classes, image_size)
+        net = _factory(name)(in_channels, num_classes, image_size, **options)
     else:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}, or package.module:factory")
-    for module in model.modules():
+        net = MODELS[name].function(in_channels, num_classes, image_size, **MODELS[name].checked(options))
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"model {name!r} must return an nn.Module, it returned {type(net).__name__}")
+    for module in net.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
-    return model
+    return net
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:
     """Look a layer up by its name in `named_modules()`.
 
     Raises:
-        ValueError: the model has no such layer; the message lists those it has.
+        ValueError: If there is none; the message lists those that there are.
 
-    Example:
-        >>> layer(build("lenet", 1, 10, 28), "fc3").out_features
-        10
+    >>> layer(build("lenet", 1, 10, 28), "fc3").out_features
+    10
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if not name or name not in modules:
@@ -203,11 +199,10 @@ def default_layers(model: nn.Module) -> tuple[str, ...]:
       residual network), whose flattened output feeds the head; otherwise none.
 
     Raises:
-        ValueError: neither is found.
+        ValueError: If neither is found.
 
-    Example:
-        >>> default_layers(build("lenet", 1, 10, 28))
-        ('conv2', 'fc2')
+    >>> default_layers(build("lenet", 1, 10, 28))
+    ('conv2', 'fc2')
     """
     modules = list(model.named_modules())
     kinds = [module for _, module in modules]

@@ -1,122 +1,38 @@
-"""The training objective: classification + consistency under masking + decorrelation, as named terms.
+"""The training objective: named terms of a step, and the methods that weigh them.
 
-Standard training, saliency-guided training and decorrelation-only training are settings of the same objective.
+A term is a function of a `Step` and gives a scalar; its keyword-only parameters are its settings. A method is data:
+terms and weights. Standard training, saliency-guided training, SaliencyDecor and every baseline differ in nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from sdecor.decorrelation import KINDS, decorrelation
-from sdecor.masking import FILLS, lowest, masked, replacement
+from sdecor.config import Objective
+from sdecor.decorrelation import decorrelation as penalized
+from sdecor.masking import lowest, masked, replacement
 from sdecor.models import default_layers, layer
-from sdecor.saliency import SCORES, input_gradient, pixel_score
+from sdecor.registers import FILLS, METHODS, PENALTIES, SCORES, TERMS, Between, Method, OneOf, OnlyWith
+from sdecor.saliency import input_gradient, quick_slope
 from sdecor.whitening import GroupWhitening, full_precision
 
+term = TERMS.register
 DIRECTIONS = ("clean_to_masked", "detached", "symmetric")
-
-METHODS: dict[str, dict[str, Any]] = {
-    "standard": {"consistency": False, "decorrelation": False},
-    "decorrelation": {"consistency": False, "decorrelation": True},
-    "consistency-absolute": {"consistency": True, "decorrelation": False, "score": "absolute"},
-    "consistency-signed": {"consistency": True, "decorrelation": False, "score": "signed"},
-    "saliencydecor-absolute": {"consistency": True, "decorrelation": True, "score": "absolute"},
-    "saliencydecor-signed": {"consistency": True, "decorrelation": True, "score": "signed"},
-}
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Weights and choices of the objective; checked when made.
-
-    Args:
-        lambda_c: Weight of the consistency term; 0 leaves the masked forward pass out.
-        lambda_d: Weight of the decorrelation term; 0 leaves it out.
-        score: ``absolute`` or ``signed`` input gradient of the true-class logit (see `sdecor.saliency.pixel_score`).
-        fraction: Share of pixels masked, in (0, 1).
-        fill: ``uniform``, ``mean``, ``constant`` or ``blur`` (see `sdecor.masking.replacement`).
-        fill_value: For ``constant``, in normalized units.
-        direction: ``clean_to_masked`` is KL(f(X) || f(X_masked)), ``detached`` holds f(X) fixed, ``symmetric`` averages
-            both ways.
-        penalty: Form of D(Z) (see `sdecor.decorrelation.decorrelation`).
-        group_size: Channels per group of D(Z); None for all.
-        layers: Names as in ``named_modules()``; empty takes `sdecor.models.default_layers`.
-
-    Raises:
-        ValueError: If a value is impossible.
-    """
-
-    lambda_c: float = 1.0
-    lambda_d: float = 1.0
-    score: str = "absolute"
-    fraction: float = 0.5
-    fill: str = "uniform"
-    fill_value: float = 0.0
-    direction: str = "clean_to_masked"
-    penalty: str = "correlation"
-    group_size: int | None = 16
-    layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Reject impossible settings by name."""
-        for name in ("lambda_c", "lambda_d"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"fraction must lie strictly between 0 and 1, got {self.fraction}")
-        for name, known in {"score": SCORES, "fill": FILLS, "direction": DIRECTIONS, "penalty": tuple(KINDS)}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} '{getattr(self, name)}'; known: {', '.join(known)}")
-
-    @classmethod
-    def of(cls, method: str, *, lambda_c: float = 1.0, lambda_d: float = 1.0, **settings: Any) -> Objective:
-        """The objective of a named method of `METHODS`; weights of terms the method lacks become 0.
-
-        Raises:
-            ValueError: If `method` is unknown or a setting is impossible.
-        """
-        if method not in METHODS:
-            raise ValueError(f"unknown method '{method}'; known: {', '.join(METHODS)}")
-        terms = METHODS[method]
-        if "score" in terms:
-            settings["score"] = terms["score"]
-        return cls(
-            lambda_c=lambda_c if terms["consistency"] else 0.0,
-            lambda_d=lambda_d if terms["decorrelation"] else 0.0,
-            **settings,
-        )
-
-
-class Terms(NamedTuple):
-    """Scalars of one step. `consistency` and `decorrelation` are unweighted, and 0 when switched off."""
-
-    classification: Tensor
-    consistency: Tensor
-    decorrelation: Tensor
-    total: Tensor
+Share = Annotated[float, Between(0, 1, ends=False)]
+FillName = Annotated[str, OneOf(FILLS)]
+FillValue = Annotated[float, OnlyWith("fill", "constant")]
 
 
 @contextmanager
 def capture(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of named layers during forward passes, without changing the model.
-
-    Args:
-        model: Any module.
-        layers: Names as in ``named_modules()``.
-
-    Yields:
-        Dictionary that each forward pass refills: layer name to output.
-
-    Raises:
-        ValueError: If a layer does not exist.
-    """
+    """Collect the outputs of layers, by their names in ``named_modules()``: a dictionary that each pass refills."""
     found: dict[str, Tensor] = {}
     handles = []
     for name, module in [(name, layer(model, name)) for name in layers]:  # all looked up before the first hook
@@ -148,17 +64,114 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             m.track_running_stats = True
 
 
-def consistency(logits: Tensor, logits_masked: Tensor, direction: str = "clean_to_masked") -> Tensor:
-    """KL divergence between predictions on clean and masked images, in nats, averaged over the batch.
+class Step:
+    """The quantities of one training step, each made when it is first asked for, and kept.
+
+    One clean forward pass gives the logits, the features and the input gradient; each kind of masked images takes one
+    more. Masks are constants: nothing is differentiated through the choice of pixels.
 
     Args:
-        logits: ``(B, K)`` on clean images.
-        logits_masked: ``(B, K)`` on masked images.
-        direction: See `Objective`.
-
-    Returns:
-        Scalar >= 0.
+        model: Classifier ``(B, C, H, W) -> (B, K)`` in the mode it is to be trained in.
+        images: ``(B, C, H, W)``; not modified.
+        target: True classes ``(B,)``.
+        layers: Whose features are wanted.
+        captured: Dictionary of an open `capture` of these layers.
+        generator: For everything that is drawn, on the device of `images`.
+        differentiable: Whether the input gradient may be asked for.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        target: Tensor,
+        *,
+        layers: tuple[str, ...] = (),
+        captured: dict[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        differentiable: bool = True,
+    ) -> None:
+        self.model, self.target, self.generator = model, target, generator
+        self.images = images.detach()
+        self._layers, self._captured = layers, {} if captured is None else captured
+        self._input = images.detach().requires_grad_() if differentiable else images
+        self._kept: dict[Any, Any] = {}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logits of the clean images ``(B, K)``."""
+        quick = quick_slope(self.model, self._input) if self._input.requires_grad else nullcontext(nullcontext)
+        with quick as self._to_images:
+            out: Tensor = self.model(self._input)
+        self._kept["features"] = dict(self._captured)  # before another pass refills it
+        return out
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """Features of the clean images by layer, in the order asked for."""
+        _ = self.logits
+        reached: dict[str, Tensor] = self._kept["features"]
+        if missed := [name for name in self._layers if name not in reached]:
+            raise ValueError(f"the forward pass did not reach the layers {', '.join(missed)}")
+        return {name: reached[name] for name in self._layers}
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Gradient of each true class's logit by its image ``(B, C, H, W)``, itself differentiable."""
+        return self._slope(create_graph=True)
+
+    @cached_property
+    def saliency(self) -> Tensor:
+        """The same gradient as a constant, from the graph of the clean pass; half the price of `gradient`."""
+        return self.gradient.detach() if "gradient" in self.__dict__ else self._slope(retain_graph=True)
+
+    def _slope(self, **how: bool) -> Tensor:
+        if not self._input.requires_grad:
+            raise ValueError("a term asks for the input gradient, but was entered with gradient=False")
+        logits = self.logits
+        with self._to_images():
+            return input_gradient(logits, self._input, self.target, **how)
+
+    def score(self, kind: str) -> Tensor:
+        """Score of each pixel ``(B, H, W)``, by the name of a score."""
+
+        def make() -> Tensor:
+            entry, given = SCORES[kind], {"images": self.images, "generator": self.generator}
+            if "gradient" in entry.parameters:
+                given["gradient"] = self.saliency
+            scored: Tensor = entry.ask(given)
+            return scored
+
+        made: Tensor = self._once(("score", kind), make)
+        return made
+
+    def mask(self, kind: str, fraction: float) -> Tensor:
+        """The lowest-scoring share of each image's pixels, boolean ``(B, H, W)``."""
+        made: Tensor = self._once(("mask", kind, fraction), lambda: lowest(self.score(kind), fraction))
+        return made
+
+    def masked_logits(self, kind: str, fraction: float, fill: str, value: float = 0.0) -> Tensor:
+        """Logits of the images whose lowest-scoring share is replaced ``(B, K)``; running averages stay as they are."""
+
+        def make() -> Tensor:
+            mask = self.mask(kind, fraction)
+            filling = replacement(self.images, fill, value=value, generator=self.generator)
+            _ = self.logits  # the clean pass comes first
+            with frozen_statistics(self.model):
+                out: Tensor = self.model(masked(self.images, mask, filling))
+            return out
+
+        made: Tensor = self._once(("logits", kind, fraction, fill, value), make)
+        return made
+
+
+def divergence(logits: Tensor, logits_masked: Tensor, direction: str = "clean_to_masked") -> Tensor:
+    """KL divergence, in nats, of predictions on clean and masked images ``(B, K)``, averaged over the batch."""
     p, q = (log_softmax(full_precision(v), 1) for v in (logits, logits_masked))
     if direction == "detached":
         p = p.detach()
@@ -166,6 +179,92 @@ def consistency(logits: Tensor, logits_masked: Tensor, direction: str = "clean_t
     if direction == "symmetric":
         return (forward + kl_div(p, q, reduction="batchmean", log_target=True)) / 2
     return forward
+
+
+@term(label="cross-entropy (nats)", gradient=False)
+def classification(step: Step) -> Tensor:
+    """Cross-entropy of the true classes on clean images."""
+    return cross_entropy(full_precision(step.logits), step.target)
+
+
+@term(label="consistency (nats)", source="arXiv:2111.14338")
+def consistency(
+    step: Step,
+    *,
+    score: Annotated[str, OneOf(SCORES)] = "absolute",
+    fraction: Share = 0.5,
+    fill: FillName = "uniform",
+    fill_value: FillValue = 0.0,
+    direction: Annotated[str, OneOf(DIRECTIONS)] = "clean_to_masked",
+) -> Tensor:
+    """KL divergence between predictions on clean images and on images whose lowest-scoring pixels are replaced.
+
+    The options are the score that ranks pixels, the share replaced, the fill (and its value in normalized units), and
+    the direction: ``clean_to_masked`` is KL(f(X) || f(X_masked)), ``detached`` holds f(X) fixed, ``symmetric`` averages
+    both ways.
+    """
+    return divergence(step.logits, step.masked_logits(score, fraction, fill, fill_value), direction)
+
+
+@term(label="decorrelation", source="arXiv:2604.25315", gradient=False)
+def decorrelation(
+    step: Step,
+    *,
+    penalty: Annotated[str, OneOf(PENALTIES)] = "correlation",
+    group_size: Annotated[int | None, Between(1)] = 16,
+    layers: tuple[str, ...] = (),
+) -> Tensor:
+    """Mean over layers of a penalty on the correlation of their features.
+
+    The options are the penalty, the channels per group (None for all), and the layers by their names in
+    ``named_modules()`` (none given: `sdecor.models.default_layers`).
+    """
+    values = [penalized(z, kind=penalty, group_size=group_size, layer=n) for n, z in step.features.items()]
+    return torch.stack(values).mean()
+
+
+@term(label="cross-entropy on noise (nats)", gradient=False)
+def masked_classification(
+    step: Step, *, fraction: Share = 0.5, fill: FillName = "uniform", fill_value: FillValue = 0.0
+) -> Tensor:
+    """Cross-entropy on images of which a random share of the pixels is replaced: plain noise augmentation."""
+    logits = step.masked_logits("random", fraction, fill, fill_value)
+    return cross_entropy(full_precision(logits), step.target)
+
+
+_BOTH = {classification: 1, consistency: 1, decorrelation: 1}
+_PAPER, _GUIDED = "arXiv:2604.25315", "arXiv:2111.14338"
+METHODS["standard"] = Method({classification: 1}, colour="#000000")
+METHODS["decorrelation"] = Method(
+    {classification: 1, decorrelation: 1}, label="decorrelation only", source=_PAPER, colour="#009e73", dash="--"
+)
+METHODS["consistency-absolute"] = Method(
+    {classification: 1, consistency: 1},
+    settings={"score": "absolute"},
+    label="consistency, absolute mask",
+    source=_GUIDED,
+    colour="#56b4e9",
+    dash="-.",
+)
+METHODS["consistency-signed"] = Method(
+    {classification: 1, consistency: 1},
+    settings={"score": "signed"},
+    label="consistency, signed mask",
+    source=_GUIDED,
+    colour="#e69f00",
+    dash="-.",
+)
+METHODS["saliencydecor-absolute"] = Method(
+    _BOTH, settings={"score": "absolute"}, label="both, absolute mask", source=_PAPER, colour="#0072b2"
+)
+METHODS["saliencydecor-signed"] = Method(
+    _BOTH, settings={"score": "signed"}, label="both, signed mask", source=_PAPER, colour="#d55e00"
+)
+# Controls: what consistency does that is not owed to saliency.
+METHODS["consistency-random"] = Method(
+    {classification: 1, consistency: 1}, settings={"score": "random"}, label="consistency, random mask", dash="-."
+)
+METHODS["noise"] = Method({classification: 1, masked_classification: 1}, label="noise augmentation", dash=":")
 
 
 def losses(
@@ -176,47 +275,37 @@ def losses(
     *,
     generator: torch.Generator | None = None,
     features: dict[str, Tensor] | None = None,
-) -> Terms:
-    """All terms of one step; call ``.total.backward(inputs=parameters)`` on the result.
+) -> dict[str, Tensor]:
+    """All terms of one step; call ``["total"].backward(inputs=parameters)`` on the result.
 
-    Naming the parameters spares the gradient with respect to the images, which nobody needs a second time. The saliency
-    score reuses the graph of the clean forward pass; the mask is a constant, so nothing is differentiated twice.
-
-    Args:
-        model: Classifier ``(B, C, H, W) -> (B, K)`` in the mode it is to be trained in.
-        x: Images ``(B, C, H, W)``; not modified.
-        y: True classes ``(B,)``.
-        objective: Weights and choices.
-        generator: For the noise of the fill, on the device of `x`.
-        features: Dictionary of a `capture` that is already open (as a compiled model needs); None opens one.
+    Naming the parameters spares the gradient by the images, which nobody needs a second time. The arguments
+    are those of a `Step`, the objective, and the dictionary of a `capture` that is already open, as a compiled model
+    needs; None opens one.
 
     Returns:
-        The terms, scalars with a graph.
-
-    Raises:
-        ValueError: As `capture` and `sdecor.decorrelation.decorrelation`.
+        The unweighted terms by name, and their weighted sum as ``total``: scalars with a graph.
     """
-    o = objective
-    if o.lambda_d > 0 and features is None:
-        with capture(model, o.layers or default_layers(model)) as features:
-            return losses(model, x, y, o, generator=generator, features=features)
-    if o.lambda_c > 0:
-        x = x.detach().requires_grad_()
-    logits = model(x)
-    classification = cross_entropy(full_precision(logits), y)
-    zero = classification.new_zeros(())
-    decor = change = zero
-    if o.lambda_d > 0:
-        wanted = o.layers or default_layers(getattr(model, "_orig_mod", model))  # a compiled model prefixes its names
-        reached = features or {}
-        if missed := [name for name in wanted if name not in reached]:
-            raise ValueError(f"the forward pass did not reach the layers {', '.join(missed)}")
-        penalties = [decorrelation(reached[n], kind=o.penalty, group_size=o.group_size, layer=n) for n in wanted]
-        decor = torch.stack(penalties).mean()
-    if o.lambda_c > 0:
-        score = pixel_score(input_gradient(logits, x, y, retain_graph=True), o.score)
-        x = x.detach()
-        fill = replacement(x, o.fill, value=o.fill_value, generator=generator)
-        with frozen_statistics(model):
-            change = consistency(logits, model(masked(x, lowest(score, o.fraction), fill)), o.direction)
-    return Terms(classification, change, decor, classification + o.lambda_c * change + o.lambda_d * decor)
+    layers = layers_of(model, objective)
+    if layers and features is None:
+        with capture(model, layers) as features:
+            return losses(model, x, y, objective, generator=generator, features=features)
+    asks = any(TERMS[name].gradient for name in objective.terms)
+    step = Step(model, x, y, layers=layers, captured=features, generator=generator, differentiable=asks)
+    out: dict[str, Tensor] = {}
+    weighted = []
+    for name, weight in objective.terms.items():
+        out[name] = TERMS[name].function(step, **objective.of(name))
+        weighted.append(out[name] if weight == 1 else weight * out[name])
+    out["total"] = sum(weighted[1:], weighted[0])
+    return out
+
+
+def layers_of(model: nn.Module, objective: Objective) -> tuple[str, ...]:
+    """The layers whose features the terms look at: the setting ``layers``, or the default ones; none without it."""
+    if "layers" not in objective.settings:
+        return ()
+    # a compiled model prefixes its names
+    return objective.settings["layers"] or default_layers(getattr(model, "_orig_mod", model))
+
+
+__all__ = ["METHODS", "Objective", "Step", "capture", "divergence", "frozen_statistics", "losses", "term"]

@@ -1,8 +1,12 @@
-"""Figures of the book: one style, colours that colour-blind readers can tell apart, an opaque background."""
+"""Figures of the book: one style, colours that colour-blind readers can tell apart, an opaque background.
+
+What an entry of a register looks like, its colour, its dashes and its name in a legend, is said where it is registered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,25 +14,49 @@ import numpy as np
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
-LABELS = {
-    "standard": "standard",
-    "decorrelation": "decorrelation only",
-    "consistency-absolute": "consistency, absolute mask",
-    "consistency-signed": "consistency, signed mask",
-    "saliencydecor-absolute": "both, absolute mask",
-    "saliencydecor-signed": "both, signed mask",
-}
-_OKABE_ITO = ("#000000", "#009e73", "#56b4e9", "#e69f00", "#0072b2", "#d55e00")
-COLOURS = dict(zip(LABELS, _OKABE_ITO, strict=True))
-DASHES = dict(zip(LABELS, ("-", "--", "-.", "-.", "-", "-"), strict=True))
+from sdecor.registers import METHODS, REGISTERS, Entry
+
+#: For entries without a colour: Okabe and Ito's, then some of Paul Tol's; the yellow, faint on white, comes last.
+PALETTE = (
+    *("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7"),
+    *("#882255", "#999933", "#332288", "#f0e442"),
+)
+DASHES = ("-", "--", "-.", ":")
+
+
+def style(entry: Entry) -> dict[str, Any]:
+    """``color``, ``linestyle`` and ``label`` of an entry of a register, as ``ax.plot`` takes them.
+
+    Entries without a colour get, in order of registration, the next one of `PALETTE` that no entry of their register
+    has. Once all are taken, colours come again with other dashes.
+    """
+    colour, dash = entry.colour, getattr(entry, "dash", "-")
+    if not colour:
+        register = next(r for r in REGISTERS.values() if r.kind == entry.kind)
+        colour, dash = _free(tuple(register.values()))[entry.name]
+    return {"color": to_hex(colour), "linestyle": dash, "label": entry.title}
+
+
+def _free(entries: tuple[Entry, ...]) -> dict[str, tuple[str, Any]]:
+    """Colour and dash of every entry without a colour."""
+    given = [(to_hex(e.colour), getattr(e, "dash", "-")) for e in entries if e.colour]
+    plain = [e for e in entries if not e.colour]
+    colours = (c for c in PALETTE if c not in dict(given))
+    found = {e.name: (c, getattr(e, "dash", "-")) for c, e in zip(colours, plain, strict=False)}
+    taken = {*given, *found.values()}
+    dashes = chain(DASHES, ((0, (n, 2, 1, 2)) for n in count(4, 4)))
+    pairs = (pair for dash in dashes for colour in PALETTE if (pair := (colour, dash)) not in taken)
+    return found | {e.name: pair for e, pair in zip(plain[len(found) :], pairs, strict=False)}
 
 
 def use_style() -> None:
     """Set the style of all figures that follow; in a notebook they become SVG without a date, the same at every run."""
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
     set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches="tight")  # type: ignore[no-untyped-call]
     sns.set_theme(
         context="notebook",
@@ -45,46 +73,42 @@ def use_style() -> None:
 
 
 def top_share(score: Tensor, fraction: float = 0.1) -> Tensor:
-    """Keep the highest-scoring share of each map and set the rest to 0.
-
-    Args:
-        score: ``(B, H, W)``.
-        fraction: Share kept.
-
-    Returns:
-        ``(B, H, W)``.
-    """
+    """Keep the highest-scoring share of each map ``(B, H, W)`` and set the rest to 0."""
     flat = score.flatten(1)
     index = flat.topk(round(fraction * flat.shape[1])).indices
     return torch.zeros_like(flat).scatter(1, index, flat.gather(1, index)).view_as(score)
 
 
-def gradient_gallery(images: Tensor, scores: Mapping[str, Tensor], *, fraction: float = 0.1) -> Figure:
+def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float = 0.1) -> Figure:
     """Rows of methods; for each image its strongest gradients and its whole gradient map, side by side.
 
     Args:
-        images: ``(B, H, W)`` in [0, 1], shown in the first row.
-        scores: Row label to non-negative scores ``(B, H, W)``; each map is scaled by its own maximum.
+        images: ``(B, H, W)`` or ``(B, 1 or 3, H, W)`` in [0, 1], a tensor or an array, shown in the first row.
+        scores: Name of a method, or any label, to non-negative scores ``(B, H, W)``, tensors or arrays of any float
+            type; each map is scaled by its own maximum.
         fraction: Share of pixels shown in the left map of each pair.
 
     Returns:
         The figure.
     """
-    n = len(images)
-    rows, columns = len(scores) + 1, 2 * n
+    shown = torch.as_tensor(images).float().cpu()
+    shown = shown.movedim(1, -1).squeeze(-1) if shown.ndim == 4 else shown
+    rows, columns = len(scores) + 1, 2 * len(shown)
     figure, axes = plt.subplots(rows, columns, figsize=(columns + 1, rows), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
         sns.despine(ax=ax, left=True, bottom=True)
-    for i in range(n):
-        axes[0, 2 * i].imshow(images[i], cmap="gray", vmin=0, vmax=1)
+    for i, image in enumerate(shown):
+        axes[0, 2 * i].imshow(image, cmap="gray", vmin=0, vmax=1)
         axes[0, 2 * i + 1].set_visible(False)
     axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center")
-    for row, (label, score) in enumerate(scores.items(), start=1):
+    for row, (name, maps) in enumerate(scores.items(), start=1):
+        label = METHODS[name].title if name in METHODS else name
         axes[row, 0].set_ylabel(label.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+        score = torch.as_tensor(maps).float().cpu()
         strongest = top_share(score, fraction)
-        for i in range(n):
+        for i in range(len(shown)):
             for j, values in enumerate((strongest[i], score[i])):
                 axes[row, 2 * i + j].imshow(values, cmap="magma", vmin=0, vmax=float(score[i].max()) or 1.0)
                 if row == 1:
@@ -92,26 +116,24 @@ def gradient_gallery(images: Tensor, scores: Mapping[str, Tensor], *, fraction: 
     return figure
 
 
-def bands(
-    ax: Axes,
-    x: Sequence[float],
-    curves: Mapping[str, Sequence[Sequence[float]]],
-    *,
-    labels: Mapping[str, str] = LABELS,
-    **line: Any,
-) -> None:
+def bands(ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], **line: Any) -> None:
     """Draw the mean of each method's curves and a band of one standard deviation over seeds.
 
     Args:
         ax: Where to draw.
         x: Positions ``(n,)``.
-        curves: Method to curves, one a seed, each ``(n,)``.
-        labels: Method to name in the legend.
-        line: Handed to ``ax.plot``.
+        curves: Name of a method to curves, one a seed, each ``(n,)``.
+        line: Handed to ``ax.plot``, in place of what `style` says.
     """
     for method, values in curves.items():
         v = np.asarray(values, dtype=float)
         mean, sd = v.mean(0), v.std(0, ddof=1) if len(v) > 1 else np.zeros(v.shape[1])
-        style = {"color": COLOURS[method], "linestyle": DASHES[method], "label": labels[method], **line}
-        ax.plot(x, mean, **style)
-        ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+        look = {**style(METHODS[method]), **line}
+        ax.plot(x, mean, **look)
+        ax.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def legend_below(figure: Figure, *, columns: int = 3) -> None:
+    """One legend under all panels, made of the first panel's."""
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")

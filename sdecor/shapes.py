@@ -9,13 +9,18 @@ Hence ``P(cue = class) = cue_strength + (1 - cue_strength) / 8``, and at 0 the c
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from sdecor.registers import Between, Option
+
 CLASSES = ("disc", "square", "triangle", "cross", "ring", "star", "crescent", "bar")
 MAX_COPIES = 12
+Strength = Annotated[float, Between(0, 1)]
+Copies = Annotated[int, Between(0, MAX_COPIES)]
 #: Normalization constants of the generator, in [0, 1] units: constants, not statistics of one draw, so that a test set
 #: with other knobs is normalized exactly as the training set was (a test holds them against a draw).
 MEAN = (0.5, 0.5, 0.5)
@@ -107,7 +112,7 @@ def _render(
 
 
 def generate(
-    samples: int, *, image_size: int = 32, cue_strength: float = 0.5, cue_copies: int = 2, seed: int = 0
+    samples: int, *, image_size: int = 32, cue_strength: Strength = 0.5, cue_copies: Copies = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw ``samples`` images: ``(images uint8 (N, 3, S, S), labels (N,), masks bool (N, S, S), cues (N,))``.
 
@@ -120,12 +125,9 @@ def generate(
     """
     if image_size not in (32, 64):
         raise ValueError(f"image_size={image_size!r} is not possible for 'shapes'; use 32 or 64")
-    if not 0.0 <= cue_strength <= 1.0:
-        raise ValueError(f"cue_strength={cue_strength!r} must lie in [0, 1]")
-    if not (isinstance(cue_copies, int) and 0 <= cue_copies <= MAX_COPIES):
-        raise ValueError(f"cue_copies={cue_copies!r} must be a whole number in 0..{MAX_COPIES}")
-    if not (isinstance(samples, int) and samples > 0):
-        raise ValueError(f"samples={samples!r} must be a positive whole number")
+    Option("samples", None, Annotated[int, Between(1)]).checked(samples)
+    Option("cue_strength", None, Strength).checked(cue_strength)
+    Option("cue_copies", None, Copies).checked(cue_copies)
     n, s, k = samples, image_size, len(CLASSES)
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(n).remainder(k)[torch.randperm(n, generator=g)]

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdecor.masking import FILLS, impute, replacement
-from sdecor.measures._checks import require_finite
+from sdecor.masking import impute, replacement
+from sdecor.measures._checks import require_finite, require_images
+from sdecor.registers import FILLS, Between, OneOf
 from sdecor.saliency import frozen_eval
 
 ORDERS = ("most", "least", "random")
@@ -29,34 +30,17 @@ def check(
     names: tuple[str, str] = ("target", "attribution"),
 ) -> None:
     """Raise a ValueError for arguments that do not fit; `names` are those of `target` and `score` in the message."""
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
+    require_images(images, target, names[0])
     count, _, height, width = images.shape
-    if target.shape != (count,) or target.is_floating_point():
-        raise ValueError(f"{names[0]} must be {count} whole numbers, got shape {tuple(target.shape)} of {target.dtype}")
     if score.shape != (count, height, width):
         raise ValueError(f"{names[1]} has shape {tuple(score.shape)}, these images need {(count, height, width)}")
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}")
+    OneOf(ORDERS).check("order", order)
     for fraction in fractions:
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fractions must lie in [0, 1], got {fraction}")
+        Between(0, 1).check("fractions", fraction)
     if patch < 1 or height % patch or width % patch:
         raise ValueError(f"patch={patch} does not divide images of {height} x {width} pixels")
-    require_at_least(batch_size, 1, "batch_size")
+    Between(1).check("batch_size", batch_size)
     require_finite(score, names[1])
-
-
-def require_at_least(value: int, least: int, name: str) -> None:
-    """Raise a ValueError if value < least."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def require_columns(curve: Tensor, fractions: Sequence[float]) -> None:
-    """Raise a ValueError unless `curve` has a column for each share."""
-    if curve.ndim != 2 or curve.shape[1] != len(fractions):
-        raise ValueError(f"curve must have shape (B, {len(fractions)}), one column per share, got {tuple(curve.shape)}")
 
 
 def require_class(target: Tensor, logits: Tensor, name: str) -> None:
@@ -156,8 +140,7 @@ def outputs(
     Returns:
         (B, S) float64.
     """
-    if output not in OUTPUTS:
-        raise ValueError(f"unknown output {output!r}; known: {', '.join(OUTPUTS)}")
+    OneOf(OUTPUTS).check("output", output)
     new, linear = fill
     first, last = torch.tensor(spans, device=images.device).view(-1, 2, 1, 1, 1, 1).unbind(1)
     result = torch.empty(len(images), len(spans), dtype=torch.float64, device=images.device)

@@ -1,7 +1,9 @@
 """How correlated the features of a layer are, and how alike those of two layers, measured on held-out data.
 
 Features are (N, C), or (N, C, H, W), where every position counts as a sample. All measures look at the features only
-through their covariance, so that a data set of any size is measured in one pass, batch by batch: see `Covariance`.
+through their covariance, so that a data set of any size is measured in one pass, batch by batch: they take features or
+the `Covariance` of all of them, and give a float64 scalar. They raise ValueError for another shape, no samples, and NaN
+or infinite values.
 """
 
 from __future__ import annotations
@@ -16,12 +18,6 @@ from torch import Tensor
 class Covariance:
     """Covariance of features, accumulated over batches in float64 and in one pass.
 
-    Args:
-        max_samples: use at most this many samples of each batch, a fixed random choice; all of them by default.
-
-    Attributes:
-        samples: number of samples so far, positions included.
-
     Source: Chan, Golub and LeVeque 1983, doi:10.1080/00031305.1983.10483115 (the pairwise update).
 
     Example:
@@ -33,23 +29,12 @@ class Covariance:
                 [0.5000, 0.5000]], dtype=torch.float64)
     """
 
-    def __init__(self, max_samples: int | None = None) -> None:
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"max_samples must be at least 1, got {max_samples}")
-        self.samples = 0
-        self._max_samples = max_samples
-        self._origin = self._mean = self._scatter = torch.empty(0)  # mean and scatter are those of features - origin
+    samples = 0  #: Number of samples so far, positions included.
+    _origin = _mean = _scatter = torch.empty(0)  # mean and scatter are those of features - origin
 
     def update(self, features: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: (N, C) or (N, C, H, W), where every position is a sample; not modified.
-
-        Raises:
-            ValueError: another shape, no samples, NaN or infinite values, or other channels than the batches before.
-        """
-        rows = _samples(features, self._max_samples).double()
+        """Add a batch, with as many channels as the batches before; it is not modified."""
+        rows = _samples(features).double()
         if self.samples == 0:
             self._origin = rows[0]
             self._mean = torch.zeros_like(rows[0])
@@ -66,11 +51,7 @@ class Covariance:
 
     @property
     def matrix(self) -> Tensor:
-        """The covariance, (C, C) float64, divided by the number of samples; a constant feature's row is exactly 0.
-
-        Raises:
-            ValueError: no batch was added.
-        """
+        """The covariance, (C, C) float64, divided by the number of samples; a constant feature's row is exactly 0."""
         if self.samples == 0:
             raise ValueError("no features were added; call update(features) first")
         return self._scatter / self.samples
@@ -79,54 +60,26 @@ class Covariance:
 def mean_abs_correlation(features: Tensor | Covariance) -> Tensor:
     """Mean absolute correlation between different features: 0 if uncorrelated, 1 if all are copies of one.
 
-    The mean absolute correlation of N independent Gaussian samples is not 0 but about sqrt(2 / (pi N)).
-
-    Args:
-        features: (N, C) or (N, C, H, W), or the `Covariance` of a whole data set.
-
-    Returns:
-        Scalar, float64 in [0, 1]. Constant features are left out; NaN if fewer than two features vary.
-
-    Raises:
-        ValueError: see `Covariance.update`.
-
-    Example:
-        >>> features = torch.tensor([[1.0, -1.0, 5.0], [2.0, -2.0, 5.0], [3.0, -3.0, 5.0]])
-        >>> round(mean_abs_correlation(features).item(), 6)
-        1.0
+    That of N independent Gaussian samples is not 0 but about sqrt(2 / (pi N)). Constant features are left out; it is
+    NaN if fewer than two features vary.
     """
     matrix = _matrix(features)
     varies = matrix.diagonal() > 0
     matrix = matrix[varies][:, varies]
-    count = len(matrix)
-    if count < 2:
-        return torch.tensor(math.nan, dtype=torch.float64, device=matrix.device)
     scale = matrix.diagonal().rsqrt()
     correlation = (matrix * scale * scale[:, None]).abs().clamp(max=1)
-    return (correlation.sum() - correlation.diagonal().sum()) / (count * (count - 1))
+    pairs = len(matrix) * (len(matrix) - 1)
+    return (correlation.sum() - correlation.diagonal().sum()) / (pairs or math.nan)
 
 
 def effective_rank(features: Tensor | Covariance) -> Tensor:
     """Effective rank: the exponential of the entropy of the singular values of the centred features.
 
-    It is 1 if all features are multiples of one, and C if all directions have equal variance. It depends on the scale
-    of each feature: one loud feature lowers it.
-
-    Args:
-        features: (N, C) or (N, C, H, W), or the `Covariance` of a whole data set.
-
-    Returns:
-        Scalar, float64 in [1, C]; NaN if no feature varies.
-
-    Raises:
-        ValueError: see `Covariance.update`.
+    It is 1 if all features are multiples of one, C if all directions have equal variance, and NaN if no feature varies.
+    It depends on the scale of each feature: one loud feature lowers it.
 
     Source: Roy and Vetterli 2007, EUSIPCO, pp. 606-610, https://ieeexplore.ieee.org/document/7098875; here of
     the centred data.
-
-    Example:
-        >>> round(effective_rank(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])).item(), 6)
-        2.0
     """
     singular = _eigenvalues(features).sqrt()
     share = singular / singular.sum()
@@ -138,22 +91,9 @@ def participation_ratio(features: Tensor | Covariance) -> Tensor:
 
     With the eigenvalues l of the covariance it is (sum l)^2 / sum l^2: 1 if all features are multiples of one, C if all
     directions have equal variance. Small directions count less than in `effective_rank`. N samples of C independent
-    features of equal variance score not C but about N C / (N + C).
-
-    Args:
-        features: (N, C) or (N, C, H, W), or the `Covariance` of a whole data set.
-
-    Returns:
-        Scalar, float64 in [1, C]; NaN if no feature varies.
-
-    Raises:
-        ValueError: see `Covariance.update`.
+    features of equal variance score not C but about N C / (N + C). It is NaN if no feature varies.
 
     Source: Gao et al. 2017, doi:10.1101/214262.
-
-    Example:
-        >>> round(participation_ratio(torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])).item(), 6)
-        1.219512
     """
     matrix = _matrix(features)
     return (matrix / matrix.trace()).square().sum().reciprocal()
@@ -163,24 +103,11 @@ def condition_number(features: Tensor | Covariance) -> Tensor:
     """Condition number of the covariance, its largest eigenvalue over its smallest; lower is whiter, and 1 is white.
 
     It depends on the scale of each feature. Samples too few for the features raise it: N samples of C independent
-    features of equal variance have about ((1 + r) / (1 - r))^2 with r = sqrt(C / N), and with N <= C samples the
-    centred features span fewer than C directions, so that it is infinite whatever the features.
-
-    Args:
-        features: (N, C) or (N, C, H, W), or the `Covariance` of a whole data set.
-
-    Returns:
-        Scalar, float64, at least 1; infinite if the covariance is singular up to rounding (a feature is constant or a
-        sum of others), NaN if no feature varies.
-
-    Raises:
-        ValueError: see `Covariance.update`.
+    features of equal variance have about ((1 + r) / (1 - r))^2 with r = sqrt(C / N), and with N <= C samples it is
+    infinite whatever the features. It is infinite too if a feature is constant or a sum of others, up to rounding, and
+    NaN if no feature varies.
 
     Source: for the value of independent features Marchenko and Pastur 1967, doi:10.1070/SM1967v001n04ABEH001994.
-
-    Example:
-        >>> round(condition_number(torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])).item(), 6)
-        9.0
     """
     eigenvalues = _eigenvalues(features)
     return eigenvalues[-1] / eigenvalues[0]
@@ -191,33 +118,20 @@ def cka(a: Tensor, b: Tensor) -> Tensor: ...
 @overload
 def cka(a: Covariance, b: int) -> Tensor: ...
 def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
-    """Linear centred kernel alignment: how alike two sets of features of the same samples are; higher is more alike.
+    """Linear centred kernel alignment: how alike two sets of features of the same samples are, in [0, 1].
 
     It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, and 0 if no feature of one
     correlates with one of the other; a general invertible map changes it. Two independent sets score not 0 but about
-    sqrt(A B / ((N + A) (N + B))) if they have A and B white features of N samples: near 1 where samples are few.
+    sqrt(A B / ((N + A) (N + B))) if they have A and B white features of N samples: near 1 where samples are few. It is
+    NaN if one set is constant.
 
-    Args:
-        a: (N, A) or (N, A, H, W), where every position is a sample; or the `Covariance` of both sets side by side,
-            `torch.cat([a, b], 1)`, of a whole data set.
-        b: (N, B) or (N, B, H, W) of the same samples; or A, the number of features of the first set, if `a` is a
-            `Covariance`.
-
-    Returns:
-        Scalar, float64 in [0, 1]; NaN if one set is constant.
-
-    Raises:
-        ValueError: sets of other samples, a number A that leaves one set empty, or see `Covariance.update`.
+    Given are both sets, or the `Covariance` of both side by side, ``torch.cat([a, b], 1)``, and the number of features
+    of the first. They must be of the same samples, and neither empty.
 
     Source: Kornblith et al. 2019, arXiv:1905.00414.
-
-    Example:
-        >>> a, b = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
-        >>> round(cka(a, torch.cat([a, b], 1)).item(), 6)
-        0.707107
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        both = _samples(a, None), _samples(b, None)
+        both = _samples(a), _samples(b)
         if (len(a), a.shape[2:]) != (len(b), b.shape[2:]):
             raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; only their channels may differ")
         matrix, channels = _matrix(torch.cat(both, 1)), a.shape[1]
@@ -237,21 +151,19 @@ def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
 
 def _eigenvalues(features: Tensor | Covariance) -> Tensor:
     """Eigenvalues of the covariance, ascending, 0 where rounding leaves about 1e-16 of the largest."""
-    matrix = _matrix(features)
-    eigenvalues = torch.linalg.eigvalsh(matrix)
-    floor = eigenvalues[-1] * len(matrix) * torch.finfo(torch.float64).eps
+    eigenvalues = torch.linalg.eigvalsh(_matrix(features))
+    floor = eigenvalues[-1] * len(eigenvalues) * torch.finfo(torch.float64).eps
     return torch.where(eigenvalues > floor, eigenvalues, 0)
 
 
 def _matrix(features: Tensor | Covariance) -> Tensor:
-    if isinstance(features, Covariance):
-        return features.matrix
-    covariance = Covariance()
-    covariance.update(features)
-    return covariance.matrix
+    if isinstance(features, Tensor):
+        rows, features = features, Covariance()
+        features.update(rows)
+    return features.matrix
 
 
-def _samples(features: Tensor, max_samples: int | None) -> Tensor:
+def _samples(features: Tensor) -> Tensor:
     if features.ndim not in (2, 4):
         raise ValueError(f"features must have shape (N, C) or (N, C, H, W), got {tuple(features.shape)}")
     rows = features.detach().movedim(1, -1).flatten(0, -2)
@@ -259,8 +171,4 @@ def _samples(features: Tensor, max_samples: int | None) -> Tensor:
         raise ValueError(f"features have no samples or no channels: their shape is {tuple(features.shape)}")
     if not rows.isfinite().all():
         raise ValueError("features have NaN or infinite values")
-    if max_samples is not None and len(rows) > max_samples:
-        # an even stride could meet the same column of every feature map
-        choice = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:max_samples]
-        rows = rows[choice.to(rows.device)]
     return rows

@@ -2,7 +2,9 @@
 
 Three checks: it should change when the weights are drawn anew (`parameter_randomization`); it should change when the
 network was trained on permuted labels, for which train a second network so and take `spearman` of the maps of both;
-and it should beat `controls`, which never look at a network.
+and it should beat `controls`, which never look at a network. `explain_with` is a function of a model, images
+(B, C, H, W) and target (B,) that gives maps (B, H, W). Models and torch's random state are left as they were. Unknown
+names, and shapes and masks that do not fit, raise ValueError.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdecor.measures._checks import binary
+from sdecor.measures._checks import binary, require_images
+from sdecor.measures.case import Explanation, measure
 from sdecor.measures.robustness import spearman
+from sdecor.registers import OneOf
 
 RANDOMIZATIONS = ("cascading", "independent")
 
@@ -29,17 +33,9 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
     running statistics. Parameters of other modules are drawn from a normal distribution with their mean and standard
     deviation, so that a single number or a constant stays.
 
-    Args:
-        model: any module; not changed.
-        order: `"cascading"` draws all layers from the last down to this one, `"independent"` this one only.
-        seed: of the new parameters, which do not depend on `order`; torch's random state is left alone.
-
-    Yields:
-        The layer's name as in `named_modules()` (the class's name for parameters of the model itself), and a copy of
-        the model, on the same device and in the same mode.
-
-    Raises:
-        ValueError: an unknown order.
+    The order `"cascading"` draws all layers from the last down to this one, `"independent"` this one only. The new
+    parameters depend on `seed`, not on `order`. With each copy, on the same device and in the same mode, comes the
+    layer's name as in `named_modules()`, or the class's name for parameters of the model itself.
 
     Source: Adebayo et al. 2018, arXiv:1810.03292.
 
@@ -48,8 +44,7 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
         >>> [name for name, _ in randomized(model)]
         ['2', '0']
     """
-    if order not in RANDOMIZATIONS:
-        raise ValueError(f"unknown order {order!r}; known: {', '.join(RANDOMIZATIONS)}")
+    OneOf(RANDOMIZATIONS).check("order", order)
     fresh, current = copy.deepcopy(model).cpu(), model
     layers = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     # a seed far from those of training: with the same one, a model would be given its own first weights
@@ -61,14 +56,14 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
     for name in reversed(layers):
         current = copy.deepcopy(current if order == "cascading" else model)
         with torch.no_grad():
-            for old, new in zip(*map(_own, (current.get_submodule(name), fresh.get_submodule(name))), strict=True):
+            for old, new in zip(*(_own(net.get_submodule(name)) for net in (current, fresh)), strict=True):
                 old.copy_(new)
         yield name or type(model).__name__, current
 
 
 def parameter_randomization(
     model: nn.Module,
-    explain_with: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    explain_with: Explanation,
     images: Tensor,
     target: Tensor,
     *,
@@ -76,24 +71,9 @@ def parameter_randomization(
     similarity: Callable[[Tensor, Tensor], Tensor] = spearman,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Similarity of the maps of a model and of its copies with random layers; lower is better.
+    """What `similarity`, (B,), gives of the maps of a model and of each of its `randomized` copies, by layer.
 
-    A method whose maps stay alike does not look at the weights, however good its maps look.
-
-    Args:
-        model: any classifier; not changed.
-        explain_with: maps (B, H, W) of a model, images and target.
-        images: (B, C, H, W), as the model takes them.
-        target: class whose output is explained, (B,).
-        order: see `randomized`.
-        similarity: of two maps (B, H, W), as (B,).
-        seed: see `randomized`.
-
-    Returns:
-        For each layer, from the last to the first, what `similarity` gives, (B,).
-
-    Raises:
-        ValueError: an unknown order, or what `similarity` raises.
+    A method whose maps stay alike does not look at the weights, however good its maps look: lower is better.
 
     Source: Adebayo et al. 2018, arXiv:1810.03292.
     """
@@ -102,31 +82,31 @@ def parameter_randomization(
     return {name: similarity(trained, explain_with(changed, images, target)) for name, changed in copies}
 
 
+@measure("like a random network's", better="lower", low=-1, high=1)
+def randomization(
+    saliency: Tensor, model: nn.Module, images: Tensor, target: Tensor, explain_with: Explanation, seed: int = 0
+) -> Tensor:
+    """`spearman` of the model's maps, `saliency`, and of a copy with all layers drawn anew; lower is better.
+
+    It is what `parameter_randomization` gives for the last layer that it draws, (B,) float64.
+    """
+    random = model
+    for _, changed in randomized(model, seed=seed):
+        random = changed
+    return spearman(saliency, explain_with(random, images, target))
+
+
 def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> dict[str, Tensor]:
-    """Maps that do not depend on any model, to be scored beside every explanation.
+    """Maps (B, H, W), not negative, that do not depend on any model, to be scored beside every explanation.
 
-    Args:
-        images: (B, C, H, W).
-        mask: the object's pixels, boolean or 0 and 1, (B, H, W).
-        seed: of the noise; torch's random state is left alone.
-
-    Returns:
-        Non-negative maps (B, H, W) in the dtype of `images`. `constant`: ones. `edges`: Sobel magnitude of the mean
-        over channels. `image`: distance of each pixel's colour from the image's mean colour, which needs no zero of
-        brightness, so that images may be normalized. `noise`: uniform in [0, 1], the same for all images, so that a
-        pointing game on it judges a single random pixel. With a mask `ground truth`: the mask.
-
-    Raises:
-        ValueError: images of another shape, or a mask that does not fit or is not binary.
+    Of images (B, C, H, W), in their dtype. `constant`: ones. `edges`: Sobel magnitude of the mean over channels.
+    `image`: distance of each pixel's colour from the image's mean colour, which needs no zero of brightness, so that
+    images may be normalized. `noise`: uniform in [0, 1], the same for all images, so that a pointing game on it judges
+    a single random pixel. With a mask (B, H, W), boolean or 0 and 1, `ground truth`: the mask.
 
     Source: Achanta et al. 2009, doi:10.1109/CVPR.2009.5206596, for the distance from the mean colour.
-
-    Example:
-        >>> list(controls(torch.rand(2, 3, 8, 8)))
-        ['constant', 'edges', 'image', 'noise']
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
+    require_images(images)
     images = images.detach()
     brightness = images.mean(1, keepdim=True)
     across = images.new_tensor([[1, 2, 1], [0, 0, 0], [-1, -2, -1]]) / 4

@@ -19,18 +19,20 @@ import nbformat
 import papermill
 
 from sdecor._files import locked, replace_atomically
-from sdecor._options import annotated, typed
+from sdecor.registers import Option
 
-BOOK = Path(__file__).resolve().parents[1] / "book"
+from . import BOOK
+
 COLUMNS = ("chapter", "seconds", "device", "cores", "threads", "python", "torch", "sdecor", "date", "commit")
 # Runs after the last cell of a chapter that is published, and is not kept.
 _PROBE = """
 import json, os, torch
-from sdecor.experiment import environment
+from sdecor.store import environment
 device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
 print(json.dumps({"cores": os.cpu_count(), **environment(device)}))
 """
 _KEPT = {"name": "python", "pygments_lexer": "ipython3"}  # not the version, which differs between machines
+_TYPES: dict[str, Any] = {kind.__name__: kind for kind in (bool, int, float, str)}
 
 
 def known() -> tuple[str, ...]:
@@ -39,8 +41,12 @@ def known() -> tuple[str, ...]:
     return tuple(sorted(p.relative_to(BOOK).with_suffix("").as_posix() for p in sources))
 
 
-def _path(name: str) -> Path:
-    """The notebook of a chapter, named by itself or by the path of either file."""
+def notebook_of(name: str) -> Path:
+    """The notebook of a chapter, named by itself or by the path of either file.
+
+    Raises:
+        ValueError: If there is no such chapter.
+    """
     short = name.removeprefix("./").removeprefix("book/").removesuffix(".ipynb").removesuffix(".md")
     if short not in known():
         raise ValueError(f"unknown chapter '{name}'; known: {', '.join(known())}")
@@ -57,7 +63,7 @@ def _source(path: Path) -> Any:
 
 def is_stale(name: str) -> bool:
     """Whether the notebook is absent, or its cells are not those of its source."""
-    path = _path(name)
+    path = notebook_of(name)
     if not path.exists():
         return True
     pair = (_source(path), nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
@@ -72,11 +78,12 @@ def _parameters(notebook: Any, given: Mapping[str, str]) -> dict[str, Any]:
         ValueError: If a name is unknown or a text is not of its type.
     """
     cells = (c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
-    types = annotated(ast.parse(next(cells, "")).body)
+    lines = (s for s in ast.parse(next(cells, "")).body if isinstance(s, ast.AnnAssign))
+    types = {ast.unparse(s.target): _TYPES.get(ast.unparse(s.annotation), Any) for s in lines}
     for name in given:
         if name not in types:
             raise ValueError(f"unknown parameter '{name}'; known: {', '.join(types) or 'none'}")
-    return {name: typed(name, types[name][0], text) for name, text in given.items()}
+    return {name: Option(name, None, types[name]).of_text(text) for name, text in given.items()}
 
 
 def table() -> Path:
@@ -85,15 +92,16 @@ def table() -> Path:
 
 
 def _commit(source: Path) -> str:
-    """The commit that is checked out; with a + if the module, the records or the chapter have changed since."""
+    """The commit that is checked out; with a + if the modules, the records or the chapter have changed since."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(BOOK.parent), *words]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
-    parts = ["sdecor", "data/results", "data/weights", "data/tables", str(source)]
+    parts = ["sdecor", "book/tools", *(f"data/{kind}" for kind in ("results", "weights", "exhibits", "tables"))]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", *parts) else "")
+        changed = git("status", "--porcelain", "--", *parts, str(source))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
         return "unknown"
 
@@ -130,7 +138,7 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
         ValueError: If the chapter, a parameter, or `out` is impossible, or a cell raises ValueError or TypeError.
         ChildProcessError: If a cell fails otherwise.
     """
-    committed = _path(name)
+    committed = notebook_of(name)
     target = Path(out).resolve() if out else Path(tempfile.mkdtemp(prefix="sdecor-")) / committed.name
     if target.suffix != ".ipynb" or target.is_relative_to(BOOK):
         raise ValueError(f"out must be a file .ipynb outside of {BOOK}, got {out}")
@@ -152,17 +160,20 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
     except papermill.PapermillExecutionError as error:
         kind = ValueError if error.ename in ("ValueError", "TypeError", "FileNotFoundError") else ChildProcessError
         raise kind(f"{error.ename} in cell {error.exec_count} of {name}: {error.evalue} (see {target})") from None
-    if not publish:
-        return target
-    seconds = round(time.monotonic() - started)
+    if publish:
+        _publish(done, committed, round(time.monotonic() - started))
+        target.unlink()
+        target.parent.rmdir()
+    return committed if publish else target
+
+
+def _publish(done: Any, committed: Path, seconds: int) -> None:
+    """Put an executed chapter in place of its notebook, and its time and machine into the table."""
     (probed,) = done.cells.pop().outputs
-    for cell, original in zip(done.cells, _source(committed).cells, strict=True):
+    source = _source(committed)
+    for cell, original in zip(done.cells, source.cells, strict=True):
         cell.metadata, cell.id = original.metadata, original.id
     done.metadata = {"kernelspec": source.metadata["kernelspec"], "language_info": _KEPT}
     nbformat.write(done, committed)  # type: ignore[no-untyped-call]
-    target.unlink()
-    target.parent.rmdir()
-    here = json.loads(probed.text)
-    short = committed.relative_to(BOOK).with_suffix("")
-    _note(short.as_posix(), {**here, "seconds": seconds, "commit": _commit(committed.with_suffix(".md"))})
-    return committed
+    name = committed.relative_to(BOOK).with_suffix("").as_posix()
+    _note(name, {**json.loads(probed.text), "seconds": seconds, "commit": _commit(committed.with_suffix(".md"))})

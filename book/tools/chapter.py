@@ -1,0 +1,188 @@
+"""What a notebook needs around its science: checked parameters, numbers bound to the text, records."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import numpy as np
+import safetensors.torch
+from torch import Tensor, nn
+
+from sdecor._files import locked, replace_atomically
+from sdecor.config import Run
+from sdecor.experiment import grid
+from sdecor.registers import Between, Option
+from sdecor.report import glue
+from sdecor.sources import data_root
+from sdecor.store import Record, Store
+
+from . import ROOT
+
+__all__ = ["glue", "holds", "kept", "parameters", "records", "store"]
+_SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+
+
+def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
+    """Check a chapter's parameters and fill in its preset.
+
+    Call it right after the cell tagged ``parameters``: papermill itself accepts any name and any type.
+
+    Args:
+        namespace: ``globals()`` of the notebook. Its annotations are the known parameters and their types, ``preset``
+            among them. A value that is empty (``""`` or ``0``) takes the preset's.
+        presets: Settings of each preset by name.
+
+    Returns:
+        The settings of the preset, overridden by the parameters that were given.
+
+    Raises:
+        ValueError: If a parameter or preset is unknown, a value of the wrong type, or a number negative or not finite.
+
+    Example:
+        >>> given = {"__annotations__": {"preset": str, "epochs": int}, "preset": "quick", "epochs": 0}
+        >>> parameters(given, {"quick": {"epochs": 3}}).epochs
+        3
+    """
+    types: dict[str, Any] = dict(namespace["__annotations__"])
+    for name, value in namespace.items():
+        if name.startswith("_") or name in _SHELL or callable(value) or type(value).__name__ == "module":
+            continue
+        if name not in types:
+            raise ValueError(f"unknown parameter '{name}'; known: {', '.join(types)}")
+    values = {}
+    for name, wanted in types.items():
+        hint = Annotated[wanted, Between(0)] if wanted in (int, float) else wanted
+        values[name] = Option(f"parameter '{name}'", None, hint).checked(namespace[name])
+    preset = values["preset"]
+    if preset not in presets:
+        raise ValueError(f"unknown preset '{preset}'; known: {', '.join(presets)}")
+    given = {name: value for name, value in values.items() if value or name not in presets[preset]}
+    return SimpleNamespace(**{**presets[preset], **given})
+
+
+def holds(left: Any, right: Any, tolerance: float) -> bool:
+    """Say whether two sides of a statement agree, and by how much they differ.
+
+    Args:
+        left: Numbers of any shape: a float, an array or a tensor.
+        right: Numbers that broadcast against `left`.
+        tolerance: Largest absolute difference that still counts as equal.
+
+    Returns:
+        Whether the largest absolute difference is at most `tolerance`; False if it is NaN.
+
+    Example:
+        >>> holds([0.1 + 0.2, 1.0], [0.3, 1.0], 1e-12)
+        holds: largest difference 5.6e-17, tolerance 1e-12
+        True
+    """
+    gap = float(np.abs(np.asarray(left, dtype=float) - np.asarray(right, dtype=float)).max())
+    ok = gap <= tolerance
+    print(f"{'holds' if ok else 'does not hold'}: largest difference {gap:.1e}, tolerance {tolerance:.0e}")
+    return ok
+
+
+def store(path: str = "", *, temporary: bool = False, retrain: bool = False) -> Store:
+    """The store that a chapter works on.
+
+    Args:
+        path: A folder; empty takes a temporary one, the user's own below the data root, or the book's, by the flags.
+        temporary: Forget the runs afterwards.
+        retrain: Train into the user's own store, so that the published records stay as they are.
+    """
+    if path:
+        return Store(path)
+    if temporary:
+        return Store(tempfile.mkdtemp(prefix="sdecor-"))
+    return Store(data_root() / "runs" if retrain else ROOT / "data")
+
+
+def records(runs: Iterable[Run], shelf: Store, *, retrain: bool, **settings: Any) -> list[Record]:
+    """Records of `runs`, read or, if `retrain` allows it, trained where they are missing.
+
+    Args:
+        runs: What is wanted.
+        shelf: Where it is looked for.
+        retrain: Whether to train.
+        settings: Handed to `sdecor.experiment.grid`.
+
+    Raises:
+        FileNotFoundError: If a record is missing and `retrain` is off.
+    """
+    wanted = list(runs)
+    found = [shelf.record(run) for run in wanted]
+    if retrain and None in found:
+        workers = min(settings.get("workers", 1), found.count(None))
+        return grid(wanted, shelf, **{**settings, "workers": workers, "threads": 1, "progress": False})
+    for run, record in zip(wanted, found, strict=True):
+        if record is None:
+            raise FileNotFoundError(
+                f"{shelf.root} holds no record of {run.method} on {run.data.name}, seed {run.seed} (key {run.key}); "
+                "pass retrain=True to train it"
+            )
+    return [record for record in found if record is not None]
+
+
+def kept(name: str, run: Run, shelf: Store, make: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
+    """What a page derives from a trained network: read where it was kept, or made from the weights and kept.
+
+    So a page shows the same without the weights. Numbers are kept in ``tables/DATA/KEY.json`` with nine digits, maps in
+    the exhibit of the run, in half precision, as ``NAME.MAP``. Another network, as after training again, makes both
+    anew.
+
+    Args:
+        name: Of the collection; several may share the files of a run.
+        run: A finished run.
+        shelf: Where its record and files lie.
+        make: From the network to numbers and maps by name; a tensor with dimensions is a map.
+
+    Returns:
+        What `make` gives, as the files have it: numbers and float32 maps.
+
+    Raises:
+        FileNotFoundError: If nothing is kept of the network that the record describes, and there are no weights.
+        ValueError: If the table is not readable, or the weights are not those of the record.
+    """
+    table, exhibit = shelf.path("tables", run, ".json"), shelf.path("exhibits", run, ".safetensors")
+    record = shelf.record(run)
+    belongs = {"weights_sha256": record.weights_sha256 if record else ""}
+
+    def files() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        try:
+            known = json.loads(table.read_text(encoding="utf-8")) if table.exists() else belongs
+        except ValueError as error:
+            raise ValueError(f"{table} is not readable ({error}); delete it to make it again") from None
+        same = known["weights_sha256"] == belongs["weights_sha256"]
+        return known if same else dict(belongs), shelf.exhibit(run) if exhibit.exists() else {}
+
+    def found() -> dict[str, Any] | None:
+        numbers, maps = files()
+        part = numbers.get(name)
+        if part is None or not {f"{name}.{m}" for m in part["maps"]} <= maps.keys():
+            return None
+        return {**part["numbers"], **{m: maps[f"{name}.{m}"].float() for m in part["maps"]}}
+
+    if (answer := found()) is not None:
+        return answer
+    if not shelf.path("weights", run, ".safetensors").exists():
+        raise FileNotFoundError(
+            f"no '{name}' of {run.method}, seed {run.seed}: {table} and its exhibit do not have it, and the weights to "
+            "make it from are absent; take these files from the book's repository, or train anew with retrain=True"
+        )
+    made = make(shelf.model(run))
+    new = {m: v for m, v in made.items() if isinstance(v, Tensor) and v.ndim}
+    plain = {n: float(f"{float(v):.9g}") for n, v in made.items() if n not in new}
+    with locked(table.with_suffix(".lock")):
+        numbers, maps = files()
+        maps |= {f"{name}.{m}": v.half().contiguous() for m, v in new.items()}
+        text = json.dumps({**numbers, name: {"maps": [*new], "numbers": plain}}, indent=1) + "\n"
+        if new:
+            replace_atomically(exhibit, lambda f: f.write(safetensors.torch.save(maps)))
+        replace_atomically(table, lambda f: f.write(text.encode()))
+    answer = found()
+    assert answer is not None
+    return answer

@@ -1,0 +1,127 @@
+"""Attribution: which pixels a class logit depends on, by the input gradient and a dozen other methods.
+
+A method is a function that is entered with ``@attribution``. It gets
+
+- ``model``, in evaluation mode, its parameters asking for no gradient, nothing done in place;
+- ``x``, images ``(B, C, H, W)``, detached: as many as go into a forward pass, or one at a time if it is ``single``, as
+  slow methods are that do not say otherwise, and fills its passes with variants of that one;
+- ``y``, their classes ``(B,)``: None stands for the predicted ones if it ``predicts`` them in a pass of its own;
+- ``rows``, the most rows of a forward pass,
+
+and then its options by name, which are its keyword-only parameters. Two of them mean the same everywhere: `baseline` is
+what a pixel is replaced with, a number or a tensor broadcastable to the images, in their units, and arrives in the
+images' shape; `segments` is about how many superpixels to cut an image into, or label maps ``(B, H, W)`` of one's own.
+Of any tensor each image has its own row. Random numbers come from torch's global state on the CPU, which every
+call finds at the seed. The result is signed, ``(B, C, H, W)``, or ``(B, H, W)`` if the method is not ``per_channel``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdecor.attribution import gradients, modules, perturbation  # noqa: F401 - they fill the register
+from sdecor.registers import ATTRIBUTIONS
+from sdecor.saliency import checked_images, classes_of, frozen_eval
+
+__all__ = ["ATTRIBUTIONS", "attribute", "attribution", "superpixels"]
+
+attribution = ATTRIBUTIONS.register
+superpixels = perturbation.superpixels
+
+
+def attribute(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | None = None,
+    method: str = "gradient",
+    *,
+    batch_size: int = 64,
+    progress: bool | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """How much each pixel contributes to a class logit.
+
+    An image's result does not depend on the images beside it, on their order or on `batch_size`: random draws start
+    from `seed` for each image.
+
+    Args:
+        model: Any classifier ``(B, C, H, W) -> (B, K)``. Its mode and flags are restored.
+        x: Images ``(B, C, H, W)``; not modified.
+        target: Class indices ``(B,)``; None takes the predicted class.
+        method: Name in `sdecor.registers.ATTRIBUTIONS`.
+        batch_size: Most rows in a forward pass.
+        progress: Show a bar; None shows one on a terminal, for slow methods.
+        seed: For methods that draw; torch's global state is left as it was.
+        **options: Of the method, which ``sdecor list attributions NAME`` shows.
+
+    Returns:
+        ``(B, C, H, W)``, or ``(B, H, W)`` for methods that are not `per_channel`; signed, detached, with the dtype
+        and device of `x`. See `sdecor.saliency.pixel_score`.
+
+    Raises:
+        ValueError: Unknown method or option, bad values, or a model that the method would be wrong for.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> attribute(model, torch.rand(3, 1, 2, 2), method="integrated_gradients", steps=8).shape
+        torch.Size([3, 1, 2, 2])
+    """
+    entry = ATTRIBUTIONS[method]
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    target = checked_images(x, target)
+    options = _for_images(entry.checked(options), x)
+    model = getattr(model, "_orig_mod", model)  # hooks need the modules of a compiled model
+    images = 1 if (entry.slow if entry.single is None else entry.single) else batch_size
+    hidden = (None if entry.slow else True) if progress is None else not progress
+    parts = []
+    with (
+        frozen_eval(model),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
+        warnings.catch_warnings(),
+        tqdm(total=len(x), desc=entry.title, unit="image", leave=False, disable=hidden) as bar,
+    ):
+        warnings.simplefilter("ignore")  # captum announces its hooks
+        for start in range(0, len(x), images):
+            rows = slice(start, start + images)
+            part, chosen = x[rows].detach().clone(), None if target is None else target[rows]
+            if not entry.predicts:
+                with torch.no_grad():
+                    chosen = classes_of(model(part if chosen is None else part[:1]), chosen)
+            here = {name: value[rows] if isinstance(value, Tensor) else value for name, value in options.items()}
+            torch.manual_seed(seed)
+            result = entry.function(model, part, chosen, batch_size, **here).detach().to(x.dtype)
+            if result.shape != (part.shape if entry.per_channel else part[:, 0].shape):
+                wanted = "(B, C, H, W), or say per_channel=False" if entry.per_channel else "(B, H, W)"
+                got = f"{tuple(result.shape)} for images {tuple(part.shape)}"
+                raise ValueError(f"attribution '{method}' must give {wanted}; it gave {got}")
+            parts.append(result)
+            bar.update(len(part))
+    return torch.cat(parts)
+
+
+def _for_images(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """The options, what belongs to single images as a tensor with a row for each."""
+    if "baseline" in options:
+        baseline = torch.as_tensor(options["baseline"]).to(x)
+        try:
+            options["baseline"] = baseline.detach().expand(x.shape)
+        except RuntimeError:
+            shape = tuple(baseline.shape)
+            raise ValueError(f"baseline of shape {shape} cannot be broadcast to x, {tuple(x.shape)}") from None
+        if not baseline.isfinite().all():
+            raise ValueError("baseline has NaN or infinity")
+    if not isinstance(options.get("segments", 0), int):
+        labels = torch.as_tensor(options["segments"])
+        if labels.is_floating_point() or labels.shape != x[:, 0].shape:
+            wanted, got = tuple(x[:, 0].shape), f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(f"segments must be integer labels of shape {wanted}; got {got}")
+        options["segments"] = labels.to(x.device)
+    return options

@@ -1,0 +1,178 @@
+"""Methods that look into a model: they hook its modules, and so see only what modules do."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdecor.models import layer as find_layer
+from sdecor.registers import ATTRIBUTIONS
+from sdecor.saliency import classes_of
+
+attribution = ATTRIBUTIONS.register
+
+# The modules that captum has a rescale rule for, less Softmax, whose rule mixes the images of a batch.
+_RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.MaxPool2d)
+
+
+@attribution(label="DeepLIFT", source="arXiv:1704.02685")
+def deeplift(model: nn.Module, x: Tensor, y: Tensor, rows: int, *, baseline: float | Tensor = 0.0) -> Tensor:
+    """What each pixel's difference from `baseline` adds to that of the logit, by the rescale rule of each nonlinearity.
+
+    The sum is the difference of the logits. Every nonlinearity must be a module that has a rule.
+    """
+    from captum.attr import DeepLift
+
+    model, count = _rescalable(model, x), max(1, rows // 2)  # a row each for the baselines
+    parts = zip(*(v.split(count) for v in (x, torch.as_tensor(baseline), y)), strict=True)
+    with _hooks(_of_kinds(model), _own_input, before=True):
+        return torch.cat([DeepLift(model).attribute(a.clone(), b.clone(), target=t) for a, b, t in parts])
+
+
+def _rescalable(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model with each module of `_RESCALED` used once, if all its other parts are affine."""
+    calls: Counter[nn.Module] = Counter()
+
+    def straight(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        calls[module] += 1
+        return inputs[0].clone() if output.shape == inputs[0].shape else F.interpolate(inputs[0], output.shape[2:])
+
+    with torch.no_grad(), _hooks(_of_kinds(model), straight):
+        a, b = torch.randn(2, 1, *x.shape[1:]).to(x)
+        values = torch.stack([model(v) for v in (a + b, a, b, torch.zeros_like(a))])
+    bend = (values[0] - values[1] - values[2] + values[3]).abs().max()
+    names = ", ".join(kind.__name__ for kind in _RESCALED)
+    if bend > torch.finfo(x.dtype).eps ** 0.5 * values.abs().max():
+        raise ValueError(
+            f"deeplift needs every nonlinearity of {type(model).__name__} to be one of the modules {names}; it has "
+            "another one, or a function such as F.relu"
+        )
+    for module in calls:
+        if isinstance(module, nn.MaxPool2d) and (
+            module.dilation not in (1, (1, 1)) or torch.tensor(module.stride).lt(torch.tensor(module.kernel_size)).any()
+        ):
+            raise ValueError(f"deeplift has no rule for windows that overlap, as in {module}")
+    if max(calls.values(), default=0) <= 4:  # once in each of the four passes
+        return model
+    try:
+        return _unrolled(model)
+    except Exception as error:
+        reused = ", ".join(name for name, module in model.named_modules() if calls[module] > 4)
+        raise ValueError(f"deeplift needs one module per use, but {reused} is used more than once") from error
+
+
+def _unrolled(model: nn.Module) -> nn.Module:
+    """A model that shares the parameters of this one, with a module of `_RESCALED` of its own for each use."""
+    from torch import fx
+
+    traced = fx.symbolic_trace(model)
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and type(module := traced.get_submodule(node.target)) in _RESCALED:
+            node.target = f"once_{node.name}"
+            traced.add_submodule(node.target, copy.deepcopy(module))
+    traced.recompile()
+    return traced
+
+
+@attribution(label="Grad-CAM", source="arXiv:1610.02391", per_channel=False, predicts=True)
+def gradcam(model: nn.Module, x: Tensor, y: Tensor | None, rows: int, *, layer: str = "") -> Tensor:
+    """Feature maps of a layer, weighted with their mean gradients, summed, and enlarged to the image where positive.
+
+    `layer` is a name in the model's `named_modules()`; empty, it is the last one that gives feature maps.
+    """
+    found: list[Tensor] = []
+    norm: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            found[:] = norm or found
+        elif isinstance(module, nn.LayerNorm):
+            norm[:] = [output]
+        if layer or (_is_map(output) and not _is_embedding(module)):
+            found[:] = [output]
+
+    with _hooks([find_layer(model, layer)] if layer else model.modules(), keep):
+        logits = model(x.clone().requires_grad_())
+        if not found:
+            raise ValueError(f"gradcam found no feature map in {type(model).__name__}; name a layer=")
+        chosen = logits.gather(1, classes_of(logits, y).unsqueeze(1)).sum()
+        (slope,) = torch.autograd.grad(chosen, found, allow_unused=True)
+    if slope is None:
+        raise ValueError("gradcam: the logits do not depend on the chosen layer; name another layer=")
+    maps, slope = (_as_map(v.detach(), x) for v in (found[0], slope))
+    cam = (slope.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu()
+    return F.interpolate(cam, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def _is_map(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and 1 < module.kernel_size[0] == module.stride[0]
+
+
+def _as_map(output: Tensor, x: Tensor) -> Tensor:
+    """Tokens (B, N, C), without one that is no patch, as (B, C, h, w) of the image's proportions."""
+    if output.ndim == 3:
+        tall, wide = x.shape[2:]
+        for tokens in (output, output[:, 1:]):
+            h = round(math.sqrt(tokens.shape[1] * tall / wide))
+            if h and h * h * wide == tokens.shape[1] * tall:
+                output = tokens.transpose(1, 2).unflatten(2, (h, -1))
+                break
+    if not _is_map(output):
+        raise ValueError(f"gradcam needs a layer that gives feature maps (B, C, h, w), it gives {tuple(output.shape)}")
+    return output
+
+
+@attribution(label="Guided backpropagation", source="arXiv:1412.6806")
+def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor:
+    """Gradient that each ReLU lets back only where it is positive. Every ReLU must be an ``nn.ReLU``."""
+    from captum.attr import GuidedBackprop
+
+    relus = [m for m in model.modules() if isinstance(m, nn.ReLU)]
+    calls: list[nn.Module] = []
+    with _hooks(relus, lambda module, *_: calls.append(module)):
+        pending = [model(x[:1].clone().requires_grad_()).grad_fn]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= new
+        pending += new
+    found = sum(node.name() == "ReluBackward0" for node in seen)
+    if not calls or found > len(calls):
+        problem = "applies ReLU as a function" if found else "has none"
+        raise ValueError(f"guided_backprop needs ReLUs that are modules (nn.ReLU); {type(model).__name__} {problem}")
+    with _hooks(relus, _own_input, before=True):
+        result: Tensor = GuidedBackprop(model).attribute(x, target=y)
+    return result
+
+
+def _of_kinds(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m) in _RESCALED]
+
+
+def _own_input(module: nn.Module, inputs: Any) -> Any:
+    # captum replaces the gradient of a module's input for whatever else uses that tensor, such as a shortcut, and too
+    # late for another nonlinearity that made it: without a copy, DeepLIFT of ReLU and pooling in a row is wrong
+    return (inputs[0].clone(),)
+
+
+@contextmanager
+def _hooks(modules: Iterable[nn.Module], hook: Callable[..., Any], before: bool = False) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(hook) if before else m.register_forward_hook(hook) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

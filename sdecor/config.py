@@ -1,0 +1,458 @@
+"""What a run is: frozen descriptions, their checks, and the key that equal ones share. Nothing here needs torch.
+
+A key hashes only what differs from the defaults, so that a setting that is added later moves no key. What is impossible
+is a ValueError that names the setting, what it got and what would work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache, cached_property, lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from sdecor.registers import (
+    ATTRIBUTIONS,
+    DATASETS,
+    METHODS,
+    MODELS,
+    TERMS,
+    Between,
+    Dataset,
+    OneOf,
+    OnlyWith,
+    Option,
+    UnknownName,
+)  # fmt: skip
+
+C = TypeVar("C", bound=type)
+Pairs = tuple[tuple[str, Any], ...]
+OPTIMIZERS, SHAPES, AUGMENTATIONS = ("adamw", "sgd"), ("cosine", "one-cycle", "constant"), ("crop", "flip", "cutout")
+FOLDER = "folder:"
+Count = Annotated[int, Between(1)]
+Positive = Between(0, ends=False)
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field of a description: its default, and what it means, for the docstring and the command line alike."""
+    return field(default=default, metadata={"help": meaning})
+
+
+def described(cls: C) -> C:
+    """Put the meanings of the fields into the docstring of their class."""
+    meanings = [f"    {f.name}: {f.metadata['help']}" for f in fields(cls) if "help" in f.metadata]
+    cls.__doc__ = "\n\n".join([cls.__doc__ or "", "\n".join(["Args:", *meanings])])
+    return cls
+
+
+@cache
+def _options(cls: type) -> dict[str, Option]:
+    hints, known = get_type_hints(cls, include_extras=True), fields(cls)
+    return {f.name: Option(f.name, f.default, hints[f.name]) for f in known if f.init}
+
+
+def _check(instance: Any, *names: str) -> None:
+    """Put every field, or those named, into its own type; raise if it is of another or outside its limits."""
+    for name, option in _options(type(instance)).items():  # type: ignore[arg-type]
+        if not names or name in names:
+            object.__setattr__(instance, name, option.checked(getattr(instance, name)))
+
+
+def pairs(values: Any, name: str) -> Pairs:
+    """Names and values, of a mapping or of pairs, in order of name; lists as tuples."""
+    try:
+        return tuple(sorted((str(k), tuple(v) if isinstance(v, list) else v) for k, v in dict(values).items()))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be names with values, such as {{'a': 1}}, got {values!r}") from None
+
+
+@lru_cache(maxsize=32)
+def _content(files: tuple[tuple[str, int, int], ...], root: str) -> str:
+    """Hash of names and contents; the sizes and times among `files` say when to read them again."""
+
+    def one(file: tuple[str, int, int]) -> bytes:
+        with Path(root, file[0]).open("rb") as f:
+            return hashlib.file_digest(f, "blake2b").digest()
+
+    total = hashlib.blake2b(digest_size=8)
+    with ThreadPoolExecutor(8) as threads:
+        for (name, _, _), digest in zip(files, threads.map(one, files), strict=True):
+            total.update(name.encode() + b"\0" + digest)
+    return total.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen hexadecimal digits that change when a file of `folder` is added, removed, renamed or edited.
+
+    It is made of the names below the folder and the *content* of the files, not of sizes and times: a copy on another
+    machine, where times differ, is the same data, and two pictures of one size that change places are not. Training
+    reads every byte many times, so that reading it once more is cheap. Hidden files do not count. Within a process a
+    folder is read again only when a size or a time has changed.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder {folder} does not exist")
+    found = ((p.relative_to(folder), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file())
+    seen = [(n.as_posix(), s.st_size, s.st_mtime_ns) for n, s in found if not any(p.startswith(".") for p in n.parts)]
+    return _content(tuple(seen), str(folder.resolve()))
+
+
+def checked_data(
+    name: str, limit: int | None, options: Mapping[str, Any]
+) -> tuple[Dataset, Path | None, dict[str, Any]]:
+    """The entry of a data set, the folder if `name` is one (``folder:PATH`` or a directory), and all its options.
+
+    Raises:
+        ValueError: If there is no such data set, or `limit` or an option is impossible.
+    """
+    path = None
+    if name.startswith(FOLDER) or (name not in DATASETS and Path(name).is_dir()):
+        path = Path(name.removeprefix(FOLDER)).expanduser()
+    elif name not in DATASETS or name == "folder":
+        known = ", ".join(other for other in DATASETS if other != "folder")
+        raise UnknownName(f"unknown data set '{name}'; known: {known}, or an image folder (folder:PATH)")
+    _options(Data)["limit"].checked(limit)
+    entry = DATASETS[name if path is None else "folder"]
+    return entry, path, entry.checked(options)
+
+
+@described
+@dataclass(frozen=True)
+class Data:
+    """The images of a run."""
+
+    name: str = setting("shapes", "Name in the register of data sets, or an image folder (folder:PATH).")
+    limit: Annotated[int | None, Between(1)] = setting(None, "Use only so many training images.")
+    options: Pairs = setting((), "Options of the data set.")
+    permuted_labels: bool = setting(False, "Train on labels in random order, for the sanity check by labels.")
+    removed: Annotated[float, Between(0, 1)] = setting(
+        0.0, "Remove and retrain (ROAR, arXiv:1806.10758): share of the pixels of every image that has the mean colour."
+    )
+    removed_by: str = setting(
+        "gradient",
+        "How they are chosen: an attribution, the most salient ones for the class that the same run without removal "
+        "predicts; or random.",
+    )
+    fingerprint: str = setting("", "Of the files of a folder; found out if it is not given.")
+
+    def __post_init__(self) -> None:
+        given = dict(pairs(self.options, "data_options"))
+        entry, path, checked = checked_data(self.name, self.limit, given)
+        options = tuple((n, checked[n]) for n in given if checked[n] != entry.options[n].default)
+        object.__setattr__(self, "options", options)
+        _check(self)
+        if path is not None:
+            object.__setattr__(self, "name", FOLDER + self.name.removeprefix(FOLDER))
+            object.__setattr__(self, "fingerprint", self.fingerprint or fingerprint(path))
+        elif self.fingerprint:
+            raise ValueError(f"fingerprint belongs to image folders; '{self.name}' is a data set by name")
+        if self.removed == 1:
+            raise ValueError("removed must leave something, got 1.0")
+        if self.removed_by not in ("gradient", "random"):
+            OneOf((*ATTRIBUTIONS, "random")).check("removed_by", self.removed_by)
+        if not self.removed and self.removed_by != "gradient":
+            raise ValueError(f"removed_by='{self.removed_by}' has no effect without removed")
+
+    @property
+    def path(self) -> Path | None:
+        """Absolute path of an image folder, None for a data set by name."""
+        folder = self.name.startswith(FOLDER)
+        return Path(self.name.removeprefix(FOLDER)).expanduser().resolve() if folder else None
+
+
+@described
+@dataclass(frozen=True)
+class Model:
+    """The network of a run."""
+
+    name: str = setting("lenet", "Name in the register of models, or package.module:factory.")
+    options: Pairs = setting((), "Options of the model.")
+
+    def __post_init__(self) -> None:
+        given = pairs(self.options, "model_options")
+        if ":" not in self.name:
+            if self.name not in MODELS:
+                known = ", ".join(MODELS)
+                raise UnknownName(f"unknown model '{self.name}'; known: {known}, or package.module:factory")
+            entry = MODELS[self.name]
+            full = entry.checked(dict(given))
+            given = tuple((n, full[n]) for n, _ in given if full[n] != entry.options[n].default)
+        object.__setattr__(self, "options", given)
+
+
+@described
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    epochs: Count = setting(8, "Passes over the training data.")
+    batch_size: Count = setting(256, "Images per step; a last smaller batch is dropped when there is a full one.")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = setting("adamw", "adamw, or sgd with Nesterov momentum.")
+    lr: Annotated[float, Positive] = setting(1e-3, "Peak learning rate.")
+    momentum: Annotated[float, Between(0, 1)] = setting(0.9, "Of sgd.")
+    weight_decay: Annotated[float, Between(0)] = setting(1e-4, "Of the optimizer.")
+    shape: Annotated[str, OneOf(SHAPES)] = setting(
+        "cosine",
+        "Of the learning rate: cosine (5 % linear warm-up, then half a cosine to 0), one-cycle (straight up to the "
+        "peak at 30 %, and straight down) or constant.",
+    )
+    clip: Annotated[float | None, Positive] = setting(5.0, "Largest norm of the parameter gradient; none to leave it.")
+    augment: Annotated[tuple[str, ...], OneOf(AUGMENTATIONS)] = setting(
+        (), "Of the training images, on the device: some of crop, flip and cutout."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.optimizer != "sgd" and self.momentum != 0.9:
+            raise ValueError(f"momentum has no effect with optimizer '{self.optimizer}'")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate at `step` of `steps`."""
+        if self.shape == "constant":
+            return self.lr
+        if self.shape == "one-cycle":
+            peak = max(1, round(0.3 * steps))
+            return self.lr * ((step + 1) / peak if step < peak else (steps - step) / (steps - peak + 1))
+        warm = max(1, round(0.05 * steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+class Objective:
+    """What training minimizes: a method's terms with their weights, and the settings of these terms.
+
+    Args:
+        method: Name in `sdecor.registers.METHODS`.
+        weights: Weights in place of the method's own, by term; 0 leaves a term out.
+        settings: Options of the terms, such as ``fraction=0.3``; those of a term that is left out are dropped.
+
+    Attributes:
+        terms: Term to weight, those left out excepted.
+        settings: Every option of these terms to its value.
+
+    Example:
+        >>> Objective("consistency-absolute", {"consistency": 3}).terms
+        {'classification': 1.0, 'consistency': 3.0}
+    """
+
+    def __init__(
+        self, method: str = "saliencydecor-absolute", weights: Mapping[str, float] | None = None, **settings: Any
+    ) -> None:
+        own, given = METHODS[method], weights or {}
+        for name, weight in given.items():
+            if name not in own.terms:
+                raise ValueError(f"method '{method}' has no term '{name}'; it has: {', '.join(own.terms)}")
+            Option(f"weight of '{name}'", 1.0, Annotated[float, Between(0)]).checked(weight)
+        self.method = method
+        self.weights = {name: float(given.get(name, weight)) for name, weight in own.terms.items()}
+        self.terms = {name: weight for name, weight in self.weights.items() if weight}
+        if not self.terms:
+            raise ValueError(f"all terms of method '{method}' have weight 0")
+        options = _settings_of(method)
+        for name, value in settings.items():
+            if name not in options:
+                known = ", ".join(n for n in options if n not in own.settings) or "none"
+                raise ValueError(f"method '{method}' has no setting '{name}'; it has: {known}")
+            if name in own.settings and value != own.settings[name]:
+                raise ValueError(f"{name}={own.settings[name]!r} belongs to method '{method}'; choose another method")
+        checked = {name: options[name].checked(value) for name, value in {**settings, **own.settings}.items()}
+        used = {name for term in self.terms for name in TERMS[term].options}
+        self.settings = {n: checked.get(n, o.default) for n, o in options.items() if n in used}
+        for name, value in self.settings.items():
+            for limit in options[name].limits:
+                if isinstance(limit, OnlyWith) and value != options[name].default:
+                    limit.check_with(name, self.settings)
+
+    def of(self, term: str) -> dict[str, Any]:
+        """Settings of one of the terms."""
+        return {name: self.settings[name] for name in TERMS[term].options}
+
+    def difference(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """The weights and the settings that are not the method's own."""
+        own, options = METHODS[self.method], _settings_of(self.method)
+        plain = {name: own.settings.get(name, option.default) for name, option in options.items()}
+        weights = {name: weight for name, weight in self.weights.items() if weight != own.terms[name]}
+        return weights, {name: value for name, value in self.settings.items() if value != plain[name]}
+
+    def __repr__(self) -> str:
+        return f"Objective({self.method!r}, {self.weights}, {self.settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Objective) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+def _settings_of(method: str) -> dict[str, Option]:
+    """Options of a method's terms."""
+    options: dict[str, Option] = {}
+    for term in METHODS[method].terms:
+        options = {**TERMS[term].options, **options}
+    order = [name for term in METHODS[method].terms for name in TERMS[term].options]
+    return {name: options[name] for name in order}
+
+
+@described
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Description of one training run; runs with equal keys are equal.
+
+    `Run.of` makes one from flat names (``Run.of(data="mnist", lr=2e-3)``), which the command line and plans use too.
+    """
+
+    data: Data = field(default_factory=Data, metadata={"help": "The images."})
+    model: Model = field(default_factory=Model, metadata={"help": "The network."})
+    method: str = setting("standard", "Name in the register of methods.")
+    weights: Pairs = setting((), "Weights of terms in place of the method's own.")
+    settings: Pairs = setting((), "Options of the method's terms.")
+    schedule: Schedule = field(default_factory=Schedule, metadata={"help": "How long and how fast to train."})
+    seed: Annotated[int, Between(0)] = setting(0, "Of initialization, order and masks.")
+    evaluate_on: Annotated[str, OneOf(("val", "test"))] = setting("test", "test for final numbers, val for choices.")
+    objective: Objective = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, "seed", "evaluate_on")
+        weights, settings = (dict(pairs(getattr(self, name), name)) for name in ("weights", "settings"))
+        objective = Objective(self.method, weights, **settings)
+        complete = {"weights": tuple(objective.weights.items()), "settings": tuple(sorted(objective.settings.items()))}
+        parts = {n: NESTED[n](v) for n in ("data", "model") if isinstance(v := getattr(self, n), str)}
+        for name, value in {"objective": objective, **complete, **parts}.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, **flat: Any) -> Run:
+        """A run from flat names."""
+        return _changed(None, flat)
+
+    def but(self, **flat: Any) -> Run:
+        """The same run with some settings changed, by flat names; another method keeps what fits of the others."""
+        if flat.get("method", self.method) != self.method:
+            weights, settings = fitting(flat["method"], dict(self.weights), dict(self.settings))
+            flat = {"weights": weights, "settings": settings, **flat}
+        return _changed(self, flat)
+
+    @property
+    def thorough(self) -> bool:
+        """Whether it is measured in full: choices, and what a network learns from spoilt data, go by accuracy."""
+        return self.evaluate_on == "test" and not self.data.permuted_labels and not self.data.removed
+
+    def _values(self) -> dict[str, Any]:
+        return {n: getattr(getattr(self, part) if part else self, f.name) for n, (part, f) in _flat().items()}
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by a name of its own, for tables: weights as ``weight TERM``, options by their names."""
+        out: dict[str, Any] = {}
+        for name, value in self._values().items():
+            if name == "weights":
+                out |= {f"weight {term}": weight for term, weight in value}
+            else:
+                out |= dict(value) if name in PAIRED else {name: value}
+        return out
+
+    def difference(self) -> dict[str, Any]:
+        """What differs from the defaults, by flat names; the files of a folder stand for its path."""
+        out = {n: v for n, v in self._values().items() if v != _flat()[n][1].default}
+        own = dict(zip(("weights", "settings"), self.objective.difference(), strict=True))
+        out = {n: v for n, v in out.items() if n not in own} | {n: v for n, v in own.items() if v}
+        return out | ({"data": "folder"} if self.data.path else {})
+
+    @cached_property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits made of the difference."""
+        return hashlib.sha256(json.dumps(self.difference(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Run.from_dict, (self.to_dict(),)  # to other processes goes the description, no entry of a register
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole description, as a record holds it: what a default is today is written down too."""
+        return {name: dict(value) if name in PAIRED else value for name, value in self._values().items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Run:
+        """Inverse of `to_dict`, also after a journey through JSON."""
+        return cls.of(**values)
+
+
+NESTED: dict[str, Any] = {"data": Data, "model": Model, "schedule": Schedule}
+PAIRED = ("data_options", "model_options", "weights", "settings")
+
+
+@cache
+def _flat() -> dict[str, tuple[str, Field[Any]]]:
+    """Flat name to the part of a run that it lies in (or none) and its field: ``data`` is the name of the data."""
+    out: dict[str, tuple[str, Field[Any]]] = {}
+    for f in fields(Run):
+        if f.name in NESTED:
+            names = {"name": f.name, "options": f"{f.name}_options"}
+            out |= {names.get(inner.name, inner.name): (f.name, inner) for inner in fields(NESTED[f.name])}
+        elif f.init:
+            out[f.name] = ("", f)
+    return out
+
+
+def flat_fields() -> dict[str, Field[Any]]:
+    """Flat name to dataclass field, in order: what the command line and plans may set."""
+    return {name: f for name, (_, f) in _flat().items()}
+
+
+def flat_options() -> dict[str, Option]:
+    """The same with their types, to turn texts into values."""
+    found = {name: _options(NESTED.get(part, Run))[f.name] for name, (part, f) in _flat().items()}
+    return {name: replace(option, name=name) for name, option in found.items()}
+
+
+def _changed(run: Run | None, flat: Mapping[str, Any]) -> Run:
+    """A run, or the default one, with settings changed by flat names."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        if name not in _flat():
+            raise ValueError(f"unknown setting '{name}'; known: {', '.join(_flat())}")
+        part, f = _flat()[name]
+        parts.setdefault(part, {})[f.name] = value
+    own = parts.pop("", {})
+    if run is not None and "name" in parts.get("data", {}):
+        parts["data"].setdefault("fingerprint", "")
+    for part, values in parts.items():
+        own[part] = NESTED[part](**values) if run is None else replace(getattr(run, part), **values)
+    return Run(**own) if run is None else replace(run, **own)
+
+
+def fitting(
+    method: str, weights: Mapping[str, float], settings: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Those of the weights and settings that a method has, and may be given."""
+    free = _settings_of(method).keys() - METHODS[method].settings.keys()
+    terms = METHODS[method].terms
+    return {n: w for n, w in weights.items() if n in terms}, {n: v for n, v in settings.items() if n in free}
+
+
+def method_grid(seeds: Iterable[int], methods: Iterable[str] | None = None, **flat: Any) -> list[Run]:
+    """Runs of every method with every seed, all else equal; weights and settings go to the methods that have them.
+
+    Raises:
+        ValueError: If no method has one of them, or a value is impossible.
+    """
+    names = list(METHODS if methods is None else methods)
+    given = [dict(pairs(flat.pop(name, ()), name)) for name in ("weights", "settings")]
+    fits = {name: fitting(name, *given) for name in names}
+    for place, kind in enumerate(("weight", "setting")):
+        if unused := [n for n in given[place] if not any(n in fit[place] for fit in fits.values())]:
+            raise ValueError(f"none of the methods {', '.join(names)} takes the {kind} '{unused[0]}'")
+    return [Run.of(method=m, seed=s, weights=fits[m][0], settings=fits[m][1], **flat) for s, m in product(seeds, names)]

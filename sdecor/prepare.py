@@ -1,0 +1,92 @@
+"""The images of a run as it trains on them: fewer, with other labels, or without what a network found salient."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sdecor.attribution import attribute
+from sdecor.config import Run, fingerprint
+from sdecor.data import load
+from sdecor.images import ImageData, ImageStream, permutation
+from sdecor.masking import lowest, masked
+from sdecor.saliency import pixel_score
+from sdecor.store import Store
+from sdecor.training import device_of
+
+
+def data_of(
+    run: Run, store: Store, split: str, *, root: str | os.PathLike[str] | None = None, device: str = "cpu"
+) -> ImageData | ImageStream:
+    """The images and labels of a split as `run` has them.
+
+    If pixels are removed, the network that says which lies in `store`, and `device` is where it is asked.
+
+    Raises:
+        FileNotFoundError: If the data or that network are absent.
+        ValueError: If a folder is not the one that was described, or pixels are to be removed from streamed images.
+    """
+    d = run.data
+    if d.path is not None and (found := fingerprint(d.path)) != d.fingerprint:
+        raise ValueError(
+            f"{d.path} has changed: its fingerprint is {found}, the run was described for {d.fingerprint}; "
+            "describe the run anew"
+        )
+    limit = d.limit if split == "train" else None
+    data = load(d.name, root, split, limit=limit, **dict(d.options))
+    if d.permuted_labels and split == "train":
+        data = replace(data, labels=data.labels[permutation(len(data), run.seed)])
+    if not d.removed:
+        return data
+    model = None
+    if d.removed_by != "random":
+        model = store.model(without_removal(run)).to(device_of(device))
+    return remove_salient(data, model, d.removed_by, d.removed)
+
+
+def without_removal(run: Run) -> Run:
+    """The run whose network says which pixels go."""
+    return run.but(removed=0.0, removed_by="gradient")
+
+
+def remove_salient(
+    data: ImageData | ImageStream,
+    model: nn.Module | None,
+    method: str,
+    fraction: float,
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+) -> ImageData:
+    """Replace the most salient pixels of every image by the mean colour: the data of remove and retrain (ROAR).
+
+    Args:
+        data: Images in memory; not changed. The result keeps its `object_masks`.
+        model: Classifier whose predicted class is explained; None removes pixels at random.
+        method: Name of an attribution, if there is a model.
+        fraction: Share of the pixels, in (0, 1).
+        batch_size: Images at a time.
+        seed: Of what the method draws, and of the random pixels.
+
+    Raises:
+        ValueError: If the images are streamed from files.
+
+    Source:
+        Hooker et al. 2019 (arXiv:1806.10758).
+    """
+    if isinstance(data, ImageStream):
+        raise ValueError("removed needs images in memory, and these are streamed; raise memory_limit")
+    draws = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device if model is not None else data.device
+    colour = torch.tensor(data.mean, device=data.device).mul(255).round().to(torch.uint8).view(1, -1, 1, 1)
+    parts = []
+    for images, (x, _) in zip(data.images.split(batch_size), data.batches(batch_size), strict=True):
+        if model is None:
+            score = torch.rand(len(x), *x.shape[2:], generator=draws)
+        else:
+            score = pixel_score(attribute(model, x.to(device), None, method, seed=seed, progress=False))
+        parts.append(masked(images, lowest(-score, fraction).to(data.device), colour.expand_as(images)))
+    return replace(data, images=torch.cat(parts), masks=data.object_masks)  # the mean colour is no ink

@@ -1,0 +1,471 @@
+"""From records to what a page shows: a tidy frame, and of it tables, paired differences, a forest plot, glued numbers.
+
+The frame has a row for every record and measure, and all settings as columns. Runs that differ in anything but the seed
+are different **arms**; nothing here pools them. A measure is undefined where a record lacks it or holds no finite
+number: tables then show a dash, or, if other seeds have it, how many these are, such as ``(4 of 5)``.
+
+`columns` and `panels` name the measures that are wanted: names alone, or a mapping of names to heading, factor and
+decimals, such as ``{"accuracy": ("accuracy, %", 100, 2)}``.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sdecor.measures.statistics import compare, holm, summary
+from sdecor.registers import MEASURES, METHODS
+from sdecor.store import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Columns = Mapping[str, tuple[str, float, int]] | Iterable[str]
+Pairs = Mapping[str, tuple[str, str]]
+DASH = "–"
+_NO_SETTING = ("arm", "seed", "measure", "value")
+_PLAIN = {"accuracy": ("accuracy, % ↑", 100.0, 2), "cross_entropy": ("cross-entropy in training, at the end", 1.0, 4)}
+_OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective rank", 1)}
+_ENDS = ("mean", "low", "high")
+
+
+# --- the frame ------------------------------------------------------------------------------------------------------
+
+
+def frame(records: Iterable[Record], extra: Mapping[str, Callable[[Record], float]] | None = None) -> pd.DataFrame:
+    """A row for every record and measure; a run that comes twice counts once.
+
+    Args:
+        records: Of any runs.
+        extra: Further measures by name, as functions of a record.
+
+    Returns:
+        Columns ``arm`` (see `arms`), every setting that one of the runs has (NaN where another lacks it), ``seed``,
+        ``measure`` and ``value``.
+
+    Raises:
+        ValueError: If there are no records.
+    """
+    rows = []
+    for record in {r.run: r for r in records}.values():
+        flat = record.run.flat().items()
+        settings = {f"{k} (setting)" if k in _NO_SETTING else k: v for k, v in flat if k != "seed"}
+        metrics = {**record.metrics, **{name: make(record) for name, make in (extra or {}).items()}}
+        rows += [{**settings, "seed": record.run.seed, "measure": m, "value": v} for m, v in metrics.items()]
+    if not rows:
+        raise ValueError("records is empty; a frame needs one at least")
+    out = pd.DataFrame(rows, dtype=object).astype({"seed": int, "measure": str, "value": float})
+    return arms(out[[c for c in out if c not in _NO_SETTING] + ["seed", "measure", "value"]])
+
+
+def arms(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with its arms named anew, as is due when frames were put together or rows left out.
+
+    An arm has the label of its method. Where several share a method, what differs between them follows: "decorrelation
+    only, weight decorrelation=0.3".
+    """
+    frame = frame.reset_index(drop=True)
+    settings = [c for c in frame if c not in _NO_SETTING]
+    number = frame.groupby(settings, dropna=False, sort=False).ngroup()
+    first = frame.loc[~number.duplicated(), settings]
+    titles = Counter(METHODS[method].title for method in first["method"].unique())
+    names: dict[int, str] = {}
+    for method, rows in first.groupby("method", sort=False):
+        title = METHODS[str(method)].title
+        title = title if titles[title] == 1 else f"{title} ({method})"
+        differ = _differing(rows)
+        for place, row in zip(number[rows.index], rows[differ].to_dict("records"), strict=True):
+            said = [f"{name}={_text(value)}" for name, value in row.items() if not _missing(value)]
+            names[place] = ", ".join([title, *said])
+    return frame.assign(arm=number.map(names))[["arm", *settings, "seed", "measure", "value"]]
+
+
+def _differing(rows: pd.DataFrame) -> list[str]:
+    """The columns that tell rows apart; one that some rows merely lack is among them only if it is needed."""
+
+    def told(names: list[str]) -> int:
+        return rows.groupby(names, dropna=False, sort=False).ngroups if names else 1
+
+    full = [str(c) for c in rows if rows[c].nunique(dropna=False) > 1]
+    found = [c for c in full if rows[c].dropna().nunique() > 1]
+    for name in full:
+        if name not in found and told([*found, name]) > told(found):
+            found.append(name)
+    return found
+
+
+def _missing(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _text(value: Any) -> str:
+    """A setting, short but exact."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "none" if value is None else "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def curves(records: Iterable[Record], name: str, factor: float = 1.0) -> dict[str, list[list[float]]]:
+    """Method to its curves of that name, one a seed, for `sdecor.plotting.bands`; methods without are left out.
+
+    Raises:
+        ValueError: If no record has such a curve, or the runs of a method differ in more than the seed.
+    """
+    out: dict[str, dict[Any, list[float]]] = {}
+    kinds: dict[str, set[Any]] = {}
+    rs = list(records)
+    for r in rs:
+        if name in r.curves:
+            out.setdefault(r.run.method, {})[r.run.seed] = [factor * v for v in r.curves[name]]
+            kinds.setdefault(r.run.method, set()).add(r.run.but(seed=0))
+    if not out:
+        known = ", ".join(dict.fromkeys(c for r in rs for c in r.curves))
+        raise ValueError(f"no record has a curve '{name}'; there are: {known}")
+    if several := [method for method, found in kinds.items() if len(found) > 1]:
+        raise ValueError(f"runs of '{several[0]}' differ in more than the seed; give those of one arm a method")
+    return {method: list(found.values()) for method, found in out.items()}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _columns(columns: Columns) -> dict[str, tuple[str, float, int]]:
+    """Heading, factor and decimals of each measure, those given only by name as the registers know them."""
+    if isinstance(columns, Mapping):
+        return dict(columns)
+    return {name: _PLAIN[name] if name in _PLAIN else _column(name) for name in columns}
+
+
+def _column(name: str) -> tuple[str, float, int]:
+    for prefix, (title, decimals) in _OF_LAYER.items():
+        if name.startswith(prefix):
+            return f"{title}, {name.removeprefix(prefix)}", 1.0, decimals
+    return MEASURES[name].heading if name in MEASURES else name.replace("_", " "), 1.0, 3
+
+
+def _wide(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Values of a measure, NaN where it is undefined: a row a seed, a column an arm.
+
+    Raises:
+        ValueError: If an arm has two values for one seed.
+    """
+    part = frame[frame["measure"] == measure]
+    if len(twice := part[part.duplicated(["arm", "seed"])]):
+        row = twice.iloc[0]
+        problem = f"arm '{row['arm']}' has two values of '{measure}' for seed {row['seed']}"
+        raise ValueError(f"{problem}; name the arms of frames that were put together with `arms`")
+    wide = part.pivot(index="seed", columns="arm", values="value").reindex(columns=frame["arm"].unique())
+    return wide.where(np.isfinite(wide))
+
+
+def _seeds(frame: pd.DataFrame, *arms: str) -> int:
+    """How many seeds these arms share."""
+    return len(set.intersection(*(set(frame.loc[frame["arm"] == arm, "seed"]) for arm in arms)))
+
+
+def _of(n: int, seeds: int) -> str:
+    return "" if n == seeds else f" ({n} of {seeds})"
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    mean, sd = summary(values) if values else (math.nan, math.nan)
+    return mean, sd
+
+
+def table(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Strings ``mean ± sd`` over seeds, a row an arm; a single seed has no ± and nothing defined a dash."""
+    out: dict[str, dict[str, str]] = {arm: {} for arm in frame["arm"].unique()}
+    for measure, (heading, factor, digits) in _columns(columns).items():
+        for arm, column in _wide(frame, measure).items():
+            values = (factor * column.dropna()).tolist()
+            mean, sd = _spread(values)
+            spread = f" ± {sd:.{digits}f}" if len(values) > 1 else ""
+            text = f"{mean:.{digits}f}{spread}{_of(len(values), _seeds(frame, str(arm)))}"
+            out[str(arm)][heading] = text if values else DASH
+    return pd.DataFrame.from_dict(out, orient="index")
+
+
+def overview(records: Iterable[Record]) -> pd.DataFrame:
+    """Strings, a row an arm: data, model and method, what else tells the arms apart, the seeds, and all measures."""
+    whole = frame(records)
+    first = whole.drop_duplicates("arm").set_index("arm")
+    named = ["data", "model", "method"]
+    named += [c for c in _differing(first.drop(columns=["seed", "measure", "value"])) if c not in named]
+    seeds = whole.groupby("arm")["seed"].agg(lambda s: ",".join(map(str, sorted(set(s)))))
+    measures = {str(name): (str(name), 1.0, 4) for name in sorted(whole["measure"].unique())}
+    out = first[named].assign(seeds=seeds).join(table(whole, measures))
+    return out.where(out.notna(), DASH).sort_values(named, key=lambda column: column.map(str)).reset_index(drop=True)
+
+
+# --- differences ----------------------------------------------------------------------------------------------------
+
+
+def _arm(frame: pd.DataFrame, name: str) -> str:
+    """The arm of that name, or the only arm of that method.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    known = list(frame["arm"].unique())
+    found = [name] if name in known else list(frame.loc[frame["method"] == name, "arm"].unique())
+    if len(found) != 1:
+        problem = "several arms have method" if found else "unknown arm"
+        raise ValueError(f"{problem} '{name}'; known: {'; '.join(known)}")
+    return str(found[0])
+
+
+def _names(frame: pd.DataFrame) -> dict[str, str]:
+    """Arm to a name for glue: that of its method, or where several share one, the arm's without spaces."""
+    methods = frame.drop_duplicates("arm").set_index("arm")["method"]
+    shared = Counter(methods)
+    return {str(arm): m if shared[m] == 1 else re.sub(r"[^\w.-]+", "-", str(arm)) for arm, m in methods.items()}
+
+
+def pairs(frame: pd.DataFrame, reference: str = "standard") -> dict[str, tuple[str, str]]:
+    """Every other arm with the reference, for `differences`; the names are those of `glue_values`.
+
+    Args:
+        frame: See `frame`.
+        reference: An arm, or a method that has one arm.
+    """
+    against = _arm(frame, reference)
+    return {name: (arm, against) for arm, name in _names(frame).items() if arm != against}
+
+
+def differences(
+    frame: pd.DataFrame, against: str | Pairs, measures: Iterable[str], *, family: str = ""
+) -> pd.DataFrame:
+    """Mean differences of arms, paired by seed, with their 95 % t interval and the p-value of the paired t test.
+
+    Args:
+        frame: See `frame`.
+        against: The reference that all other arms are compared with; or name to (arm, reference), as `pairs` gives it.
+            Both may be named by a method that has one arm.
+        measures: Names; keys of `columns` will do.
+        family: Column whose values name the families of tests for Holm's correction, such as ``arm``; by default all
+            rows are one family.
+
+    Returns:
+        A row for every pair and measure: ``name`` (of the pair), ``arm``, ``reference``, ``method`` (of the arm),
+        ``measure``, ``n`` (pairs of seeds where both are defined), ``seeds`` (that both arms have), ``mean``, ``low``,
+        ``high``, ``p``, and ``p_holm``, adjusted within the family. What a single pair of seeds cannot tell is NaN, as
+        is everything where there is none.
+    """
+    asked = pairs(frame, against) if isinstance(against, str) else against
+    known = {name: (_arm(frame, arm), _arm(frame, reference)) for name, (arm, reference) in asked.items()}
+    methods = dict(zip(frame["arm"], frame["method"], strict=True))
+    rows = []
+    for measure in measures:
+        wide = _wide(frame, measure)
+        for name, (arm, reference) in known.items():
+            both = wide[[arm, reference]].dropna()
+            row = {"name": name, "arm": arm, "reference": reference, "method": methods[arm], "measure": measure}
+            rows.append({**row, "n": len(both), "seeds": _seeds(frame, arm, reference), **_compared(both)})
+    out = pd.DataFrame(rows)
+    families = out.groupby(family or (lambda _: 0), sort=False)["p"]
+    return out.assign(p_holm=families.transform(lambda p: holm(p.tolist()).numpy()))
+
+
+def _compared(both: pd.DataFrame) -> dict[str, float]:
+    """Difference of the first column to the second."""
+    if both.empty:
+        return dict.fromkeys((*_ENDS, "p"), math.nan)
+    rows = [("ab"[place], seed, "", v) for place, column in enumerate(both) for seed, v in both[column].items()]
+    row = compare(pd.DataFrame(rows, columns=["method", "seed", "metric", "value"]), "b").iloc[0]
+    return {"mean": row["difference"], "low": row["low"], "high": row["high"], "p": row["p"]}
+
+
+def _labels(differences: pd.DataFrame) -> pd.Series:
+    """What to call each row: the arm, and what it is compared with where that is not the same for all."""
+    if differences["reference"].nunique() == 1:
+        return differences["arm"]
+    return differences["arm"] + " − " + differences["reference"]
+
+
+def difference_table(differences: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Strings ``mean [low, high]``, a row an arm; a single pair has no interval and nothing defined a dash."""
+    labels = _labels(differences)
+    out: dict[str, dict[str, str]] = {label: {} for label in labels}
+    for measure, (heading, factor, digits) in _columns(columns).items():
+        for label in out:
+            rows = differences[(labels == label) & (differences["measure"] == measure)]
+            out[label][heading] = _interval(rows.iloc[0], factor, digits) if len(rows) else DASH
+    return pd.DataFrame.from_dict(out, orient="index")
+
+
+def _interval(row: Any, factor: float, digits: int) -> str:
+    if not row["n"]:
+        return DASH
+    mean, low, high = (f"{factor * row[end]:+.{digits}f}" for end in _ENDS)
+    return mean + (f" [{low}, {high}]" if row["n"] > 1 else "") + _of(row["n"], row["seeds"])
+
+
+def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> Figure:
+    """Dots and 95 % intervals of paired differences: a panel a measure, a row an arm, in its method's colour.
+
+    A dot is filled where the adjusted p-value is below 0.05, and hollow where it is not, or there is none. Below a
+    panel stands what has no value there, or fewer pairs of seeds than there are.
+
+    Args:
+        differences: See `differences`.
+        panels: Measures, as in `table`; an arrow to the better direction is added where the registers know it.
+        per_row: Panels side by side; two can be read on a phone.
+
+    Returns:
+        The figure.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = _columns(panels)
+    labels = _labels(differences)
+    names = list(labels.unique())
+    across = min(per_row, len(columns))
+    down = math.ceil(len(columns) / across)
+    lines = ["\n− ".join(_wrapped(part, 19) for part in name.split(" − ")) for name in names]
+    height = 0.7 + sum(0.12 + 0.16 * (line.count("\n") + 1) for line in lines)
+    figure, axes = plt.subplots(
+        down, across, figsize=(1.6 + 2.3 * across, down * height), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(columns) :]:
+        ax.set_visible(False)
+    for ax, (measure, (heading, factor, _)) in zip(axes.flat, columns.items(), strict=False):
+        _panel(ax, differences[differences["measure"] == measure], labels, names, factor)
+        ax.set_title(_wrapped(_directed(measure, heading), 26), fontsize=11)
+    axes[0, 0].set_yticks(range(len(names)), lines, fontsize=10)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def _panel(ax: Axes, rows: pd.DataFrame, labels: pd.Series, names: list[str], factor: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    from sdecor.plotting import style
+
+    ax.axvline(0, color="0.35", linewidth=1)
+    notes = []
+    for label, row in zip(labels[rows.index], rows.to_dict("records"), strict=True):
+        y, colour = names.index(label), style(METHODS[row["method"]])["color"]
+        mean, low, high = (factor * row[end] for end in _ENDS)
+        if row["n"] < row["seeds"] or not row["n"]:
+            notes.append(f"{label}: " + (f"{row['n']} of {row['seeds']} seeds" if row["n"] else "undefined"))
+        if row["n"] > 1:
+            ax.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        if row["n"]:
+            face = colour if row["p_holm"] < 0.05 else "white"
+            ax.plot(mean, y, "o", markersize=7, markeredgewidth=1.8, markeredgecolor=colour, markerfacecolor=face)
+    if not rows["n"].any():
+        notes = ["undefined here"]
+        ax.set_xticks([])
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.grid(False, axis="y")
+    ax.tick_params(labelsize=10)
+    ax.set_xlabel("\n".join(_wrapped(note, 30) for note in notes), fontsize=9)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_on_hyphens=False)
+
+
+def _directed(measure: str, heading: str) -> str:
+    """The heading with an arrow to the better direction, if that is known."""
+    if "↑" in heading or "↓" in heading:
+        return heading
+    better = MEASURES[measure].heading[-1] if measure in MEASURES else "↑" if measure in _PLAIN else ""
+    return f"{heading} {better}".rstrip()
+
+
+# --- into the page --------------------------------------------------------------------------------------------------
+
+
+def glue(name: str, value: float | str) -> None:
+    """Bind `value` to `name`, so that the text can quote it as ``{glue:text}`name:.2f```.
+
+    Writes the output that myst-nb looks for without needing myst-nb, so that a chapter also runs where it is not
+    installed.
+    """
+    from IPython.display import display
+
+    display(
+        {"application/papermill.record/text/plain": repr(value if isinstance(value, str | int) else float(value))},
+        raw=True,
+        metadata={"scrapbook": {"name": name, "mime_prefix": "application/papermill.record/"}},
+    )
+
+
+def _factor(measure: str, columns: Columns) -> float:
+    given = {**_PLAIN, **_columns(columns)}
+    return given[measure][1] if measure in given else 1.0
+
+
+def glue_values(frame: pd.DataFrame, columns: Columns = ()) -> None:
+    """Bind mean and standard deviation over seeds of every measure: ``NAME_MEASURE_value`` and ``_sd``.
+
+    NAME is the method's, or the arm's with dashes for spaces where several share a method.
+
+    Args:
+        frame: See `frame`; what is undefined is left unbound, such as the spread of a single seed.
+        columns: Factors; those not named have 1, and ``accuracy`` 100.
+    """
+    names = _names(frame)
+    for measure in frame["measure"].unique():
+        factor = _factor(measure, columns)
+        for arm, column in _wide(frame, measure).items():
+            for part, number in zip(("value", "sd"), _spread(column.dropna().tolist()), strict=True):
+                if not math.isnan(number):
+                    glue(f"{names[str(arm)]}_{measure}_{part}", factor * number)
+
+
+def glue_differences(differences: pd.DataFrame, columns: Columns = ()) -> None:
+    """Bind every difference, its interval and its adjusted p-value: ``NAME_MEASURE_mean``, ``_low``, ``_high``, ``_p``.
+
+    Args:
+        differences: See `differences`; what is undefined is left unbound.
+        columns: Factors, as in `glue_values`.
+    """
+    for row in differences.to_dict("records"):
+        factor = _factor(row["measure"], columns)
+        for part, number in {**{end: factor * row[end] for end in _ENDS}, "p": row["p_holm"]}.items():
+            if not math.isnan(number):
+                glue(f"{row['name']}_{row['measure']}_{part}", number)
+
+
+def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> None:
+    """Show the box that opens an experiment page: data, seeds, device, versions, commit, date, wall time."""
+    from IPython.display import HTML, display
+
+    rs = list(records)
+
+    def every(values: Iterable[Any]) -> str:
+        return ", ".join(map(str, sorted(set(values))))
+
+    def where(name: str) -> str:
+        return every(str(r.environment[name]) for r in rs)
+
+    seconds = sum(r.environment["training_seconds"] for r in rs)
+    time = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    methods = len({r.run.method for r in rs})
+    rows = {
+        "Preset": preset,
+        "Data": every(r.run.data.name for r in rs),
+        "Runs": f"{len(rs)}: {methods} method{'s' * (methods > 1)}, seeds {every(r.run.seed for r in rs)}",
+        "Epochs": every(r.run.schedule.epochs for r in rs),
+        "Device": f"{where('device')}, {where('threads')} thread(s) a run",
+        "Training time": f"{time}, summed over these runs",
+        "Versions": f"Python {where('python')}, torch {where('torch')}, sdecor {where('sdecor')}",
+        "Commit": where("commit"),
+        "Date": where("date"),
+        **({"Note": note} if note else {}),
+    }
+    body = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items())
+    title = '<p class="admonition-title">How this page was run</p>'
+    display(HTML(f'<div class="admonition note provenance">{title}<dl>{body}</dl></div>'))
