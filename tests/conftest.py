@@ -45,3 +45,16 @@ def real_data() -> Path:
     with FileLock(f"{folder}.lock"):
         subprocess.run([unpack, folder], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """A store in which `stores.ONE` is done; not to be changed."""
+    from stores import ONE
+
+    from sdecor.experiment import execute
+    from sdecor.store import Store
+
+    store = Store(tmp_path_factory.mktemp("done"))
+    execute(ONE, store)
+    return store

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from sdecor.experiment import Run, Store, grid
+from sdecor.config import Run
+from sdecor.experiment import grid
 from sdecor.models import build
+from sdecor.store import Store
 
 
 def die_before(operation: int, runs: list[Run], store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,13 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from sdecor.saliency import frozen_eval, input_gradient
+from sdecor.saliency import frozen_eval, input_gradient, logits_and_gradient, pixel_score
+
+Explain = Callable[[Tensor, Tensor], Tensor]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def close(a: Tensor | float, b: Tensor | float, tolerance: float = 1e-12) -> None:
@@ -48,12 +55,12 @@ def spoiled(value: float) -> Tensor:
 
 
 BAD_MAPS = [
-    (torch.ones(2, 2), "attribution must have shape (B, H, W), got (2, 2)"),
-    (torch.ones(2, 3, 4, 4), "attribution must have shape (B, H, W), got (2, 3, 4, 4)"),
-    (torch.ones(2, 0, 4), "attribution has no pixels: its shape is (2, 0, 4)"),
-    (spoiled(math.nan), "attribution has NaN in 2 of 4 rows (the first is row 2)"),
-    (spoiled(math.inf), "attribution has infinity in 2 of 4 rows (the first is row 2)"),
-    (spoiled(-0.5), "attribution must be non-negative, its smallest value is -0.5; pass its absolute value"),
+    (torch.ones(2, 2), "saliency must have shape (B, H, W), got (2, 2)"),
+    (torch.ones(2, 3, 4, 4), "saliency must have shape (B, H, W), got (2, 3, 4, 4)"),
+    (torch.ones(2, 0, 4), "saliency has no pixels: its shape is (2, 0, 4)"),
+    (spoiled(math.nan), "saliency has NaN in 2 of 4 rows (the first is row 2)"),
+    (spoiled(math.inf), "saliency has infinity in 2 of 4 rows (the first is row 2)"),
+    (spoiled(-0.5), "saliency must be non-negative, its smallest value is -0.5; pass its absolute value"),
 ]
 
 
@@ -85,6 +92,42 @@ def scenes() -> dict[str, tuple[Tensor, Tensor]]:
         "zeros": ((random - 0.9).clamp(min=0) + (random == random.amax((1, 2), keepdim=True)), mask),
         "gradients": (gradient.abs(), mask),
     }
+
+
+@cache
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network that knows the digits, and 40 of them that it gets right."""
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images).float()[:, None] / 8 - 1, torch.tensor(digits.target)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 32),
+            nn.ReLU(),
+            nn.Linear(32, 10),
+        )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(50):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    right = model.eval()(images).argmax(1) == labels
+    assert right.float().mean() > 0.97
+    return model, images[right][:40], labels[right][:40]
+
+
+def gradient_map(model: nn.Module) -> Explain:
+    return lambda x, t: pixel_score(logits_and_gradient(model, x, t)[1])
+
+
+def flags(model: nn.Module) -> list[bool]:
+    return [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
 
 
 def quantus_scores(metric: str, attribution: Tensor, mask: Tensor | None = None, **options: Any) -> np.ndarray:

@@ -11,9 +11,8 @@ import pytest
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 CHAPTERS = [p for p in sorted(BOOK.rglob("*.md")) if p.read_text(encoding="utf-8").startswith("---\njupytext:")]
-REPORTS = [
-    p for p in CHAPTERS if p.parent.name == "experiments" or "\n## What came out\n" in p.read_text(encoding="utf-8")
-]
+EXPERIMENTS = [p for p in CHAPTERS if p.parent.name == "experiments"]
+REPORTS = [p for p in CHAPTERS if p in EXPERIMENTS or "\n## What came out\n" in p.read_text(encoding="utf-8")]
 # These train small networks while they run, which on another processor come out a little different; the others read
 # records and weights.
 TRAINING = {"build/objective", "build/training", "build/whitening", "why/masks"}
@@ -31,6 +30,19 @@ def prose(source: str) -> str:
 def results(source: str) -> str:
     """The part of a chapter that speaks of results: from its heading "What came out" up to the exercises."""
     return source.split("\n## What came out\n")[1].split("\n## Exercises\n")[0]
+
+
+def running(source: str) -> str:
+    """The text of a page without cells, figures and other blocks, and without the rows of tables."""
+    return re.sub(r"^(`{3,}|:{3,})(?s:.*?)^\1$|^\|.*$", "", source, flags=re.MULTILINE)
+
+
+def code_of(source: Path) -> list[str]:
+    """Lines of a chapter's own cells, without blank ones and comments, and without the cell that installs the book."""
+    jupytext = pytest.importorskip("jupytext", reason="needs the packages of the extra 'book'")
+    own = (c for c in jupytext.read(source).cells if c.cell_type == "code" and "install" not in c.metadata["tags"])
+    lines = (line.strip() for cell in own for line in cell.source.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def glued(notebook: Path) -> dict[str, str]:
@@ -73,6 +85,26 @@ def test_every_quoted_result_exists(source: Path) -> None:
     quoted = set(re.findall(r"\{glue:text\}`([\w-]+)", source.read_text(encoding="utf-8")))
     assert quoted
     assert quoted - glued(source.with_suffix(".ipynb")).keys() == set()
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in sorted(BOOK.rglob("*.md")) if "_static" not in p.parts], ids=lambda p: p.stem
+)
+def test_every_result_quoted_from_another_page_exists(page: Path) -> None:
+    for notebook, name in re.findall(r"\{glue:text\}`([^`:]+\.ipynb)::([\w-]+)", page.read_text(encoding="utf-8")):
+        assert name in glued(page.parent / notebook), f"{notebook} has no {name}"
+
+
+@pytest.mark.parametrize("source", EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_shows_more_than_it_tells(source: Path) -> None:
+    """A result is a picture and a table first; what is general is in the module."""
+    assert len(re.findall(r"\{glue:text\}", running(source.read_text(encoding="utf-8")))) <= 12
+    assert len(code_of(source)) <= 150
+
+
+def test_what_stands_in_running_text_is_told_apart() -> None:
+    page = "It is {glue:text}`a`.\n\n| b | {glue:text}`b` |\n\n```{note}\n{glue:text}`c`\n```\n\nAnd {glue:text}`d`.\n"
+    assert re.findall(r"`(\w)`", running(page)) == ["a", "d"]
 
 
 @pytest.mark.slow
@@ -150,6 +182,25 @@ def test_chapter_opens_and_ends_as_all_do(source: Path) -> None:
     places = [text.find(f"\n{heading}\n") for heading in HEADINGS]
     assert -1 not in places and places == sorted(places)
     assert "{cite" in text[places[-1] :]
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=short)
+def test_a_question_in_plain_words_opens_a_chapter(source: Path) -> None:
+    opening = re.search(r"^# .+\n\n(.*?)\n\n\*\*Objectives\.\*\*", source.read_text(encoding="utf-8"), re.DOTALL | re.M)
+    assert opening, "a question stands between title and objectives, and nothing else"
+    question = opening[1]
+    assert "?" in question and len(question.split()) <= 40 and "\n\n" not in question
+    assert not re.search(r"[$`{]", question)
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=short)
+def test_parameters_and_their_check_are_folded(source: Path) -> None:
+    jupytext = pytest.importorskip("jupytext", reason="needs the packages of the extra 'book'")
+    cells = [c for c in jupytext.read(source).cells if c.cell_type == "code"]
+    given = [c for c in cells if "parameters" in c.metadata.get("tags", ())]
+    checked = [c for c in cells if "chapter.parameters(" in c.source]
+    assert (len(given), len(checked)) == (1, 1)
+    assert all("hide-cell" in c.metadata["tags"] for c in (*given, *checked))
 
 
 @pytest.mark.parametrize("source", [p for p in PAGES if p.name != "notation.md"], ids=short)

@@ -1,44 +1,28 @@
-"""Data sets: splits, normalization, batches, the procedural images, and every bad input with its exact message."""
+"""Data sets: splits, options, own data sets, folders, files, and every bad input with its exact message."""
 
 from __future__ import annotations
 
 import doctest
-import json
 import os
 import pickle
-import re
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from textwrap import dedent
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pictures import exactly, fake_mnist, generator
 from PIL import Image
 
-from sdecor import data, images, shapes, sources
-from sdecor.data import ImageData, ImageStream, load
+from sdecor import config, data, images
+from sdecor.data import ImageData, ImageStream, Request, dataset, load
+from sdecor.registers import DATASETS
 
 
-def exactly(message: object) -> str:
-    return f"^{re.escape(str(message))}$"
-
-
-def generator(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("module", [data, images, shapes, sources])
-def test_the_examples_in_the_docstrings_run(module: ModuleType) -> None:
-    assert doctest.testmod(module).failed == 0
-
-
-def toy(n: int = 10, channels: int = 3, size: int = 16) -> ImageData:
-    pixels = torch.randint(256, (n, channels, size, size), generator=generator(), dtype=torch.uint8)
-    return ImageData.from_tensors(pixels, torch.arange(n) % 5)
+def test_the_examples_in_the_docstrings_run() -> None:
+    assert doctest.testmod(data).failed == 0
 
 
 @pytest.fixture
@@ -53,176 +37,51 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fake_mnist(root: Path) -> Path:
-    """Files of the right size and magic number, all zero behind the header."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, (magic, size) in sources.MNIST.items():
-        images_ = magic == 0x803
-        items = (size - 16) // 784 if images_ else size - 8
-        head = b"".join(v.to_bytes(4, "big") for v in ((magic, items, 28, 28) if images_ else (magic, items)))
-        with (raw / name).open("wb") as file:
-            file.write(head)
-            file.truncate(size)
-    return raw
-
-
-# ImageData
-
-
-def test_normalization_is_that_of_the_formula_and_is_undone() -> None:
-    d = toy()
-    x = d.normalized()
-    mean, std = (torch.tensor(v)[:, None, None] for v in (d.mean, d.std))
-    torch.testing.assert_close(x, (d.images / 255 - mean) / std)
-    torch.testing.assert_close(d.denormalize(x), d.images / 255)
-    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3))
-    assert torch.equal(d.normalized([3, 1]), x[[3, 1]])
-    assert torch.equal(d.normalized(slice(2, 4)), x[2:4])
-
-
-def test_constant_images_stay_finite() -> None:
-    assert ImageData.from_tensors(torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 1])).normalized().isfinite().all()
-
-
-def test_batches_cover_every_image_once_and_leave_the_data_alone() -> None:
-    d = toy()
-    before = d.images.clone()
-    parts = list(d.batches(4, shuffle=True, generator=generator(), augment=True))
-    assert [len(x) for x, _ in parts] == [4, 4, 2]
-    assert [len(x) for x, _ in d.batches(4, drop_last=True)] == [4, 4]
-    assert torch.equal(torch.cat([x for x, _ in d.batches(4)]), d.normalized())
-    shuffled = torch.cat([x for x, _ in d.batches(4, shuffle=True, generator=generator())])
-    assert sorted(shuffled.flatten(1).sum(1).tolist()) == sorted(d.normalized().flatten(1).sum(1).tolist())
-    assert torch.equal(d.images, before)
-
-
-@pytest.mark.parametrize("augment", [False, True, "flip", "crop"])
-def test_one_generator_state_gives_one_set_of_bits(augment: bool | str) -> None:
-    d = toy(50)
-    runs = [list(d.batches(16, shuffle=True, generator=generator(7), augment=augment)) for _ in range(2)]
-    for (a, b), (c, e) in zip(*runs, strict=True):
-        assert torch.equal(a, c) and torch.equal(b, e)
-    other = next(d.batches(16, shuffle=True, generator=generator(8), augment=augment))
-    assert not torch.equal(other[0], runs[0][0][0])
-
-
-def test_augmented_images_are_flips_and_shifts_of_the_originals() -> None:
-    x = toy(40).images
-    for how, pads, flips in (("flip", (0,), (False, True)), ("crop", range(5), (False,))):
-        seen = set()
-        for original, new in zip(x, images.augmented(x, how, generator()), strict=True):
-            wide = torch.nn.functional.pad(original, (2, 2, 2, 2)) if how == "crop" else original
-            found = [
-                (i, j, f)
-                for i in pads
-                for j in pads
-                for f in flips
-                if torch.equal((wide.flip(-1) if f else wide)[:, i : i + 16, j : j + 16], new)
-            ]
-            assert len(found) == 1
-            seen.add(found[0])
-        assert len(seen) == (2 if how == "flip" else len(seen)) and len(seen) > 1
-
-
-def test_grey_images_are_shifted_but_not_flipped_by_default() -> None:
-    d = toy(30, channels=1)
-    default, crop = (next(d.batches(30, generator=generator(), augment=a))[0] for a in (True, "crop"))
-    assert torch.equal(default, crop)
-
-
-def test_subsets_are_nested_and_keep_the_order() -> None:
-    d = load("shapes", split="val")
-    small, large = d.subset(20), d.subset(50)
-    assert isinstance(small, ImageData) and isinstance(large, ImageData) and isinstance(d, ImageData)
-    sums = [t.images.flatten(1).sum(1).tolist() for t in (small, large, d)]
-    assert len(small) == 20 and set(sums[0]) <= set(sums[1]) <= set(sums[2])
-    assert sums[1] == [s for s in sums[2] if s in sums[1]]
-    picked = d.subset([4, 2])
-    assert torch.equal(picked.labels, d.labels[[4, 2]])
-    assert picked.masks is not None and d.masks is not None and torch.equal(picked.masks, d.masks[[4, 2]])
-    limited = load("shapes", split="val", limit=50)
-    assert isinstance(limited, ImageData) and torch.equal(large.images, limited.images)
-
-
-def test_a_users_tensors_share_the_training_splits_scale() -> None:
-    train = toy()
-    val = ImageData.from_tensors(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), train=train, split="val")
-    assert (val.mean, val.std, val.classes) == (train.mean, train.std, train.classes)
-    assert (len(val), val.channels, val.image_size, val.num_classes, val.split) == (4, 3, 16, 5, "val")
-    assert val.to("cpu").device == torch.device("cpu")
-
-
-def bad(value: float, at: int) -> torch.Tensor:
-    x = torch.full((10, 1, 4, 4), 0.25)
-    x[at, 0, 0, :3] = value
-    return x
-
-
-DIGITS = tuple("0123456789")
-GOOD = torch.zeros(10, 1, 4, 4)
+# Names, options, embedded sets
 
 
 @pytest.mark.parametrize(
-    ("pixels", "labels", "message"),
+    ("name", "options", "message"),
     [
         (
-            bad(float("nan"), 7),
-            torch.zeros(10),
-            "images hold 3 non-finite values (first at index 7); clean them before training",
+            "mnits",
+            {},
+            "unknown data set 'mnits'; known: mnist, cifar10, caltech101, imagenet10, digits, shapes, "
+            "or an image folder (folder:PATH)",
         ),
-        (
-            bad(float("-inf"), 0),
-            torch.zeros(10),
-            "images hold 3 non-finite values (first at index 0); clean them before training",
-        ),
-        (bad(2.0, 1), torch.zeros(10), "float images must lie in [0, 1], got 0.25 to 2; rescale or pass uint8"),
-        (GOOD, torch.tensor([0, 1, 2, 3, 12, 1, 1, 1, 1, -1]), "labels must lie in 0..9, got 12 at index 4"),
-        (GOOD, torch.tensor([0] * 9 + [-1]), "labels must lie in 0..9, got -1 at index 9"),
-        (GOOD, torch.zeros(9), "10 images need labels of shape (10,), got (9,)"),
-        (GOOD.int(), torch.zeros(10), "images must be uint8 or float, got torch.int32"),
-        (GOOD[0], torch.zeros(1), "images must have shape (N, C, H, W) with N > 0 and H = W, got (1, 4, 4)"),
-        (GOOD[:0], torch.zeros(0), "images must have shape (N, C, H, W) with N > 0 and H = W, got (0, 1, 4, 4)"),
+        ("mnist", {"cue_copies": 3}, "data set 'mnist' has no option 'cue_copies'; it has: image_size, download"),
+        ("digits", {"download": True}, "data set 'digits' has no option 'download'; it has: image_size"),
+        ("digits", {"limit": 0}, "limit must be a whole number, at least 1, or None, got 0"),
+        ("digits", {"image_size": 0}, "image_size must be finite and at least 1, got 0"),
+        ("shapes", {"cue_strength": 1.5}, "cue_strength must be from 0 to 1, got 1.5"),
+        ("shapes", {"cue_copies": 13}, "cue_copies must be from 0 to 12, got 13"),
+        ("shapes", {"samples": 0}, "samples must be finite and at least 1, got 0"),
+        ("shapes", {"samples": 0.5}, "samples must be of type int, got 0.5 (float)"),
     ],
 )
-def test_bad_tensors_are_named(pixels: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+def test_bad_requests_are_named_by_a_run_as_by_load(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
-        ImageData.from_tensors(pixels, labels, classes=DIGITS)
-
-
-def test_bad_batches_are_named() -> None:
-    with pytest.raises(ValueError, match=exactly("batch_size must be at least 1, got 0")):
-        list(toy().batches(0))
-    with pytest.raises(ValueError, match=exactly("unknown augment 'spin'; known: crop, flip, flip-crop")):
-        list(toy().batches(4, augment="spin"))
-
-
-# Names, options, embedded sets
+        load(name, **options)
+    limit = options.pop("limit", None)
+    with pytest.raises(ValueError, match=exactly(message)):
+        config.Data(name, limit, tuple(options.items()))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"name": "mnits"},
-            "unknown data set 'mnits'; known: mnist, cifar10, caltech101, digits, shapes, "
-            "or an image folder (folder:PATH)",
-        ),
         ({"name": "digits", "split": "dev"}, "unknown split 'dev'; known: train, val, test"),
-        ({"name": "mnist", "cue_copies": 3}, "data set 'mnist' has no option 'cue_copies'; it has download"),
-        ({"name": "digits", "download": True}, "data set 'digits' has no option 'download'; it has none"),
-        ({"name": "digits", "limit": 0}, "limit must be at least 1, got 0"),
-        ({"name": "digits", "image_size": 0}, "image_size must be at least 1, got 0"),
         ({"name": "shapes", "image_size": 48}, "image_size=48 is not possible for 'shapes'; use 32 or 64"),
-        ({"name": "shapes", "cue_strength": 1.5}, "cue_strength=1.5 must lie in [0, 1]"),
-        ({"name": "shapes", "cue_copies": 13}, "cue_copies=13 must be a whole number in 0..12"),
-        ({"name": "shapes", "samples": 0}, "samples=0 must be a positive whole number"),
     ],
 )
-def test_bad_requests_are_named(arguments: dict[str, object], message: str) -> None:
+def test_bad_splits_and_sizes_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
-        load(**arguments)  # type: ignore[arg-type]
+        load(**arguments)
+
+
+def test_a_size_that_is_the_usual_one_makes_no_other_run() -> None:
+    assert config.Data("digits", options=(("image_size", 28),)) == config.Data("digits")
+    assert config.Data("digits", options=(("image_size", 8),)).options == (("image_size", 8),)
 
 
 @pytest.mark.parametrize(("name", "channels"), [("digits", 1), ("shapes", 3)])
@@ -254,67 +113,70 @@ def test_digits_are_those_of_scikit_learn() -> None:
 # Shapes
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    samples=st.integers(1, 40),
-    size=st.sampled_from([32, 64]),
-    strength=st.floats(0, 1),
-    copies=st.integers(0, shapes.MAX_COPIES),
-    seed=st.integers(0, 2**31),
-)
-def test_shapes_hold_what_they_promise(samples: int, size: int, strength: float, copies: int, seed: int) -> None:
-    arguments = {"image_size": size, "cue_strength": strength, "seed": seed}
-    x, labels, masks, cues = shapes.generate(samples, cue_copies=copies, **arguments)
-    plain, same_labels, same_masks, same_cues = shapes.generate(samples, cue_copies=0, **arguments)
-    assert x.shape == (samples, 3, size, size) and x.dtype == torch.uint8 and masks.dtype == torch.bool
-    assert torch.equal(labels, same_labels) and torch.equal(masks, same_masks) and torch.equal(cues, same_cues)
-    counts = labels.bincount(minlength=8)
-    assert counts.max() - counts.min() <= 1
-    share = masks.float().mean((1, 2))
-    assert share.min() > 0.04 and share.max() < 0.2
-    # The copies are all that differs; they are alike, lie apart from each other and never on the object.
-    side, changed = size * 4 // 32, (x != plain).any(1)
-    assert not (changed & masks).any()
-    assert changed.flatten(1).sum(1).max() <= copies * side**2
-    patch = (shapes._hue(cues / 8) * 255).round().to(torch.uint8)
-    alike = (x == patch[:, :, None, None]).all(1)
-    assert (alike.flatten(1).sum(1) >= copies * side**2).all()
-    again = shapes.generate(samples, cue_copies=copies, **arguments)
-    assert all(torch.equal(a, b) for a, b in zip(again, (x, labels, masks, cues), strict=True))
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_the_cue_agrees_with_the_class_as_often_as_asked(strength: float) -> None:
-    n = 4000
-    _, labels, _, cues = shapes.generate(n, cue_strength=strength, seed=5)
-    p = strength + (1 - strength) / 8
-    assert abs(float((labels == cues).float().mean()) - p) <= 4 * (p * (1 - p) / n) ** 0.5
-    assert float(torch.bincount(8 * labels + cues, minlength=64).min()) > (0 if strength < 1 else -1)
-
-
-def test_objects_stand_out_and_their_outline_is_all_that_tells_the_class() -> None:
-    x, labels, masks, _ = shapes.generate(1600, cue_copies=0, seed=3)
-    luma = (x.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1) / 255
-    inside = (luma * masks).sum((1, 2)) / masks.sum((1, 2))
-    outside = (luma * ~masks).sum((1, 2)) / (~masks).sum((1, 2))
-    assert (inside - outside).abs().quantile(0.01) > 0.12
-    area = masks.float().mean((1, 2))
-    for value in (area, inside, outside):
-        by_class = torch.stack([value[labels == c].mean() for c in range(8)])
-        assert by_class.std() < 0.35 * value.std()
-
-
-@pytest.mark.parametrize("options", [{}, {"image_size": 64}, {"cue_copies": 0}, {"cue_strength": 1.0, "cue_copies": 4}])
-def test_the_constants_of_shapes_fit_its_pixels(options: dict[str, float]) -> None:
-    x = load("shapes", limit=500, **options)  # type: ignore[arg-type]
-    assert isinstance(x, ImageData)
-    mean, std = images.moments(x.images)
-    assert max(abs(a - b) for a, b in zip(mean + std, shapes.MEAN + shapes.STD, strict=True)) < 0.03
-
-
 def test_seeds_and_splits_of_shapes_are_streams_of_their_own() -> None:
     first = [load("shapes", split=split, seed=seed, samples=40) for seed in (0, 1) for split in data.SPLITS]
     assert len({d.images.numpy().tobytes() for d in first if isinstance(d, ImageData)}) == 6
+
+
+# Own data sets
+
+
+@pytest.fixture
+def entered() -> Iterator[None]:
+    """What a test enters is taken out again."""
+    before = set(DATASETS)
+    yield
+    for name in set(DATASETS) - before:
+        del DATASETS[name]
+
+
+@pytest.mark.usefixtures("entered")
+def test_the_ten_lines_of_the_docstring_make_a_data_set() -> None:
+    _, _, example = (data.__doc__ or "").partition("\n\n    @")
+    exec(dedent("    @" + example), {**vars(data), "__name__": "own"})
+    parts = [load("ramps", split=split, limit=50, image_size=8, steep=1) for split in data.SPLITS]
+    assert len({(d.mean, d.std, d.classes, d.name) for d in parts}) == 1
+    train, _, test = parts
+    assert isinstance(train, ImageData) and isinstance(test, ImageData)
+    assert (test.name, test.split, test.classes) == ("ramps", "test", ("rising", "falling"))
+    assert train.images.shape == (50, 1, 8, 8) and train.images.dtype == torch.uint8
+    left, right = (test.images[test.labels == c].float().mean((0, 1, 2))[[0, -1]] for c in (0, 1))
+    assert left[0] < left[1] and right[0] > right[1]
+    whole = load("ramps", image_size=8, steep=1)
+    assert isinstance(whole, ImageData) and train.mean == whole.mean == images.moments(whole.images)[0]
+    run = config.Run.of(data="ramps", data_options={"steep": 1})
+    assert run.data.options == (("steep", 1.0),) and "steep" in str(run.to_dict())
+    with pytest.raises(ValueError, match=exactly("steep must be from 0 to 1, got 2.0")):
+        load("ramps", steep=2)
+
+
+@pytest.mark.usefixtures("entered")
+def test_masks_ink_and_numbers_of_classes_come_from_the_entry() -> None:
+    @dataset(classes=3, ink=True)
+    def halves(request: Request, *, exact: bool = False) -> tuple[torch.Tensor, ...]:
+        x = torch.zeros(6, 1, 8, 8)
+        x[:, :, :, 4:] = 0.5
+        masks = torch.zeros(6, 8, 8, dtype=torch.bool)
+        masks[:, 4:] = True
+        return (x, torch.arange(6) % 2, masks) if exact else (x, torch.arange(6) % 2)
+
+    inked, exact = load("halves"), load("halves", split="test", exact=True, image_size=16)
+    assert isinstance(inked, ImageData) and isinstance(exact, ImageData)
+    assert inked.classes == ("0", "1", "2") and inked.image_size == 8 and inked.masks is None
+    assert inked.object_masks is not None and torch.equal(inked.object_masks, inked.images[:, 0] > 0)
+    assert exact.masks is not None and exact.object_masks is exact.masks
+    assert exact.masks.shape == (6, 16, 16) and exact.masks[:, 8:].all() and not exact.masks[:, :8].any()
+
+
+@pytest.mark.usefixtures("entered")
+def test_what_is_no_data_is_named() -> None:
+    @dataset(classes=2)
+    def nothing(request: Request) -> None:
+        return None
+
+    message = "data set 'nothing' must give ImageData, ImageStream, (images, labels) or (images, labels, masks)"
+    with pytest.raises(TypeError, match=exactly(f"{message}, it gave NoneType")):
+        load("nothing")
 
 
 # Image folders
@@ -340,11 +202,15 @@ def test_a_large_folder_is_streamed_with_equal_batches(folder: Path, workers: in
     assert isinstance(held, ImageData) and isinstance(streamed, ImageStream)
     for name in ("channels", "image_size", "num_classes", "classes", "mean", "std", "name", "split"):
         assert getattr(held, name) == getattr(streamed, name)
-    both = [list(d.batches(4, shuffle=True, generator=generator(), augment=True)) for d in (held, streamed.to("cpu"))]
+    both = [
+        list(d.batches(4, shuffle=True, generator=generator(), augment=("crop", "flip")))
+        for d in (held, streamed.to("cpu"))
+    ]
     assert len(held) == len(streamed) == 15
     for (a, b), (c, e) in zip(*both, strict=True):
         assert torch.equal(a, c) and torch.equal(b, e)
     assert torch.equal(streamed.subset(5).labels, held.subset(5).labels)
+    assert streamed.object_masks is None and held.object_masks is None
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:
@@ -379,6 +245,19 @@ def test_missing_and_empty_folders_are_named(folder: Path, tmp_path: Path) -> No
     fails(f"image folder {folder} has no test split; put images in {folder}/test/CLASS", FileNotFoundError, "test")
 
 
+def test_ten_classes_of_imagenet_are_a_folder_below_the_root(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    folder_of = {split: folder / split for split in ("train", "test")}
+    (root / "imagenet10").mkdir()
+    for split, path in folder_of.items():
+        path.rename(root / "imagenet10" / split)
+    train, val, test = (load("imagenet10", root, split=split) for split in data.SPLITS)
+    assert [len(d) for d in (train, val, test)] == [18, 2, 3]
+    assert train.name == "imagenet10" and train.image_size == 64 and train.mean == test.mean
+    assert data.check("imagenet10", root)[0] == f"{root}/imagenet10/train holds 7 images instead of 4500"
+
+
 # Files of known data sets
 
 
@@ -404,35 +283,6 @@ def test_broken_mnist_files_are_named(tmp_path: Path) -> None:
         load("mnist", tmp_path, download=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "title"), [("mnist", "MNIST"), ("cifar10", "CIFAR-10"), ("caltech101", "Caltech-101")]
-)
-def test_no_data_and_no_network_is_said(name: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("Network is unreachable")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    message = (
-        f"{title} not found under {tmp_path} and could not be downloaded (%s); put the files there, set SDECOR_DATA, "
-        "or use data='digits' which needs no download"
-    )
-    with pytest.raises(FileNotFoundError, match=exactly(message % "download=False")):
-        load(name, tmp_path, download=False)
-    monkeypatch.setenv("SDECOR_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=exactly(message % "<urlopen error Network is unreachable>")):
-        load(name)
-
-
-def test_the_root_is_the_argument_the_variable_or_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDECOR_DATA", "/elsewhere")
-    assert data.data_root("~/x") == Path.home() / "x" and data.data_root() == Path("/elsewhere")
-    monkeypatch.delenv("SDECOR_DATA")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert data.data_root() == Path("/cache/sdecor")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert data.data_root() == Path.home() / ".cache" / "sdecor"
-
-
 def test_torchvisions_cifar10_is_preferred_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
@@ -452,35 +302,7 @@ def test_torchvisions_cifar10_is_preferred_and_checked(tmp_path: Path, monkeypat
     assert [len(d) for d in (train, val, test)] == [45_000, 5_000, 10_000]
     assert isinstance(train, ImageData) and isinstance(test, ImageData) and train.name == "cifar10"
     assert np.array_equal(test.images[0].flatten().numpy(), pixels[0])
-    assert train.mean == test.mean and train.classes == tuple("abcdefghij")
-
-
-def test_the_registry_names_every_set_and_torchvisions_sums(root: Path) -> None:
-    from torchvision.datasets import CIFAR10
-
-    listed = data.available("/nowhere")
-    assert [s.name for s in listed] == ["mnist", "cifar10", "caltech101", "digits", "shapes"]
-    assert [s.present for s in listed] == [False, False, False, True, True]
-    assert all(s.title and s.source and s.licence and s.cite for s in listed)
-    registry = json.loads((root / "data" / "sources.json").read_text())
-    sums = dict(CIFAR10.train_list + CIFAR10.test_list) | {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
-    assert registry["cifar10"]["layouts"][0]["files"] == sums
-    assert registry["mnist"]["layouts"][0]["files"].keys() == sources.MNIST.keys()
-
-
-def test_check_and_fetch_name_what_is_wrong(tmp_path: Path) -> None:
-    assert data.check("shapes", tmp_path) == [] == data.check("digits", tmp_path)
-    assert data.check("mnist", tmp_path) == [f"MNIST is not under {tmp_path}"]
-    raw = fake_mnist(tmp_path)
-    assert data.fetch("mnist", tmp_path) == tmp_path  # it is there: no network is touched
-    problems = data.check("mnist", tmp_path)
-    assert len(problems) == 4 and problems[0].startswith(
-        f"{raw}/train-images-idx3-ubyte has another sha256 sum than ba89"
-    )
-    with pytest.raises(ValueError, match="^unknown data set 'x'; known: mnist, cifar10, caltech101, digits, shapes$"):
-        data.check("x")
-    with pytest.raises(ValueError, match="^nothing to fetch for 'x'; data sets to fetch: mnist, cifar10, caltech101$"):
-        data.fetch("x")
+    assert train.mean == test.mean and train.classes == DATASETS["cifar10"].classes
 
 
 def test_an_incomplete_caltech101_is_named(tmp_path: Path) -> None:
@@ -540,3 +362,14 @@ def test_real_caltech101(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert (len(counts), int(counts.min()), int(counts.max())) == (101, low, high)
     assert len(set(taken["train"]) | set(taken["val"]) | set(taken["test"])) == 2525 + 505 + 2945
     assert data.check("caltech101", real_data) == []
+
+
+def test_real_imagenet10(real_data: Path) -> None:
+    if not (real_data / "imagenet10").is_dir():
+        pytest.skip("no imagenet10 there")
+    parts = [load("imagenet10", real_data, split) for split in data.SPLITS]
+    assert [len(d) for d in parts] == [4050, 450, 1000] and len({(d.mean, d.classes) for d in parts}) == 1
+    train, _, test = parts
+    assert isinstance(train, ImageData) and train.images.shape[1:] == (3, 64, 64) and train.num_classes == 10
+    assert test.labels.bincount().tolist() == [100] * 10 and "goldfish" in test.classes
+    assert data.check("imagenet10", real_data) == []

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import sdecor.decorrelation
-from sdecor.decorrelation import KINDS, correlation_matrix, decorrelation
+from sdecor.decorrelation import correlation_matrix, decorrelation
+from sdecor.registers import PENALTIES
 from sdecor.whitening import covariance, grouped, whiten
 
 F64 = torch.float64
@@ -54,10 +55,10 @@ def test_examples_in_docstrings() -> None:
 
 
 def test_every_kind_has_a_formula() -> None:
-    assert list(KINDS) == list(FORMULAS)
+    assert list(PENALTIES) == list(FORMULAS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 @pytest.mark.parametrize("group_size", [2, 4, 8, None])
 @pytest.mark.parametrize("shape", [(12, 8), (5, 8, 2, 3)])
 def test_formula(kind: str, group_size: int | None, shape: tuple[int, ...]) -> None:
@@ -88,14 +89,14 @@ def test_by_hand() -> None:
         assert float(decorrelation(z, kind=kind, group_size=2)) == pytest.approx(value, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_zero_on_white_features(kind: str) -> None:
     z = uncorrelated()
     bound = 1e-9 if kind == "zca" else 1e-20  # its eps of 1e-5 shrinks features by 5e-6
     assert 0 <= float(decorrelation(z, kind=kind, group_size=4)) < bound
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_which_kinds_ask_for_unit_variance_too(kind: str) -> None:
     values = [float(decorrelation(uncorrelated(std=s), kind=kind, group_size=4)) for s in (3.0, 0.3)]
     demands = {"zca": (4.0, 0.49), "covariance": (64.0, 0.91**2), "vicreg": (0.0, None)}.get(kind, (0.0, 0.0))
@@ -106,7 +107,7 @@ def test_which_kinds_ask_for_unit_variance_too(kind: str) -> None:
             assert value > 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_zero_after_whitening_and_more_before(kind: str) -> None:
     z = torch.randn(60, 8, dtype=F64).cumsum(1)
     white = whiten(z, 4, eps=1e-12)
@@ -141,7 +142,7 @@ def test_correlation_and_barlow_ignore_scale_shift_and_sign(
 @settings(max_examples=60, deadline=None)
 @given(
     b=st.integers(2, 6), g=st.integers(1, 4), groups=st.integers(1, 3), side=st.sampled_from([None, (1, 1), (2, 3)]),
-    kind=st.sampled_from(list(KINDS)), scale=st.sampled_from([0.0, 1e-6, 1.0, 1e5]),
+    kind=st.sampled_from(list(PENALTIES)), scale=st.sampled_from([0.0, 1e-6, 1.0, 1e5]),
 )  # fmt: skip
 def test_any_shape_and_scale(
     b: int, g: int, groups: int, side: tuple[int, int] | None, kind: str, scale: float
@@ -158,7 +159,7 @@ def test_any_shape_and_scale(
         assert value == 0  # one channel has nothing to correlate with
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "zca"])
+@pytest.mark.parametrize("kind", [k for k in PENALTIES if k != "zca"])
 @pytest.mark.parametrize("shape", [(7, 4), (3, 4, 2, 2), (2, 4)])
 def test_gradcheck(kind: str, shape: tuple[int, ...]) -> None:
     z = (torch.randn(*shape, dtype=F64) * 0.7).requires_grad_()
@@ -173,7 +174,7 @@ def test_the_zca_target_is_held_fixed() -> None:
     torch.testing.assert_close(gradient, 2 * (centred - target) / z.numel(), rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_constant_channels_have_a_finite_gradient_and_correlate_with_nothing(kind: str) -> None:
     z = torch.randn(20, 4)
     z[:, 1], z[:, 3] = 0.0, 7.0
@@ -194,7 +195,7 @@ def test_correlation_matrix_of_a_constant_channel_is_zero() -> None:
     assert c[2].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_half_precision_is_computed_in_float32(kind: str) -> None:
     half = torch.randn(32, 16).cumsum(1).bfloat16().requires_grad_()
     value = decorrelation(half, kind=kind)
@@ -205,7 +206,7 @@ def test_half_precision_is_computed_in_float32(kind: str) -> None:
         assert torch.equal(decorrelation(half, kind=kind), value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_gradient_descent_decorrelates(kind: str) -> None:
     z = torch.randn(64, 8, dtype=F64).cumsum(1).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=0.05)
@@ -224,7 +225,7 @@ def test_gradient_descent_decorrelates(kind: str) -> None:
         (
             torch.zeros(4, 16),
             {"kind": "orthogonal"},
-            "unknown decorrelation 'orthogonal'; known: correlation, zca, covariance, barlow, vicreg, decov",
+            "unknown penalty 'orthogonal'; known: correlation, zca, covariance, barlow, vicreg, decov",
         ),
         (
             torch.zeros(4, 10, 16),

@@ -1,8 +1,9 @@
-"""Tables of attributions by measures, kept as they grow, and records measured anew."""
+"""What is said of one model, tables of attributions by measures, kept as they grow, and records measured anew."""
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,21 +12,202 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from torch import Tensor
-from typer.testing import CliRunner
+import torch
+from click.testing import CliRunner
+from maps import close
+from torch import Tensor, nn
 
 import sdecor.evaluation
 from sdecor.__main__ import app
+from sdecor.attribution import attribute
+from sdecor.config import Objective, Run, Schedule
 from sdecor.data import load
-from sdecor.evaluation import CONTROLS, SAMPLES, measure_again, tabulate
-from sdecor.experiment import Run, Store, data_of, execute
-from sdecor.measures import controls
-from sdecor.measures.registry import METRICS, Case, available, table
-from sdecor.measures.suite import measure
-from sdecor.saliency import ATTRIBUTIONS, attribute, logits_and_gradient
+from sdecor.evaluation import (
+    BINS,
+    BYTES,
+    CONTROLS,
+    FRACTIONS,
+    MOST,
+    SAMPLES,
+    exhibit,
+    gradient_histogram,
+    measure,
+    measure_again,
+    tabulate,
+)
+from sdecor.experiment import execute
+from sdecor.images import ImageData
+from sdecor.measures import MEASURES, RECOMMENDED, Case, available, evaluate, needs, table
+from sdecor.measures.localization import chance_level
+from sdecor.measures.representation import effective_rank
+from sdecor.measures.sanity import controls
+from sdecor.models import build
+from sdecor.objective import capture
+from sdecor.prepare import data_of
+from sdecor.registers import ATTRIBUTIONS
+from sdecor.saliency import logits_and_gradient, pixel_score
+from sdecor.store import Store
+from sdecor.training import evaluate as accuracy_of
+from sdecor.training import fit
 
-RUN = Run(data="shapes", limit=96, epochs=1, batch_size=32, data_options=(("samples", 60),))
+OF_MAP = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
+ALL_BUT_SLOW = [name for name in MEASURES if name != "infidelity"]
+RUN = Run.of(data="shapes", limit=96, epochs=1, batch_size=32, data_options={"samples": 60})
 TWO = ("gradient", "gradcam")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = build("lenet", 1, 10, 28)
+    fit(model, load("digits"), Objective("standard"), Schedule(epochs=2, batch_size=64), seed=0, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    data = load("digits", split="test").subset(30)
+    assert isinstance(data, ImageData)
+    return data
+
+
+def explain(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    return attribute(model, images, target, progress=False)
+
+
+# --- one model --------------------------------------------------------------------------------------------------------
+
+
+def test_means_are_those_of_the_cases(model: nn.Module, data: ImageData) -> None:
+    metrics, curves = measure(model, data, metrics=MEASURES, seed=3)
+    logits, gradient = logits_and_gradient(model, data.normalized())
+    masks = (data.images > 0).any(1)
+    case = Case(
+        attribution=gradient,
+        mask=masks,
+        model=model,
+        images=data.normalized(),
+        target=logits.argmax(1),
+        explain=explain,
+        seed=3,
+    )
+    for name, values in evaluate(case).items():
+        close(metrics.pop(name), values.nanmean(), 1e-4)
+    assert metrics.pop("accuracy") == accuracy_of(model, data)["accuracy"]
+    close(metrics.pop("object_area"), chance_level(masks).mean())
+    with capture(model, ("conv2",)) as features:
+        logits_and_gradient(model, data.normalized())
+    close(metrics.pop("effective_rank_conv2"), effective_rank(features["conv2"].detach()), 1e-5)
+    kinds = {name.rsplit("_", 1)[0] for name in metrics}
+    assert kinds <= {"correlation", "effective_rank", "participation_ratio", "condition_number"}
+    assert curves["gradient_histogram"] == pytest.approx((gradient_histogram(gradient) / 30 / 784).tolist(), abs=1e-6)
+    assert len(curves["gradient_histogram"]) == BINS
+    names = [f"masked_{fill}_{order}" for fill in ("uniform", "constant") for order in ("most", "random")]
+    assert list(curves) == [*names, "gradient_histogram"]
+    assert all(len(curves[name]) == len(FRACTIONS) for name in names)
+
+
+def test_the_size_of_a_batch_does_not_matter(model: nn.Module, data: ImageData) -> None:
+    (whole, curves), (parts, other) = (measure(model, data, metrics=ALL_BUT_SLOW, batch_size=n) for n in (500, 7))
+    assert parts == pytest.approx(whole, rel=1e-3)
+    assert set(whole) >= {"accuracy", *ALL_BUT_SLOW}
+    assert other["gradient_histogram"] == pytest.approx(curves["gradient_histogram"], abs=1e-4)
+    for name, curve in curves.items():
+        assert other[name][0] == pytest.approx(curve[0], abs=1e-4)
+
+
+def test_what_is_measured_unless_asked_otherwise(model: nn.Module, data: ImageData) -> None:
+    thorough, _ = measure(model, data)
+    brief, curves = measure(model, data, thorough=False)
+    assert set(thorough) & set(MEASURES) == {*OF_MAP, *RECOMMENDED}
+    assert set(brief) & set(MEASURES) == set(OF_MAP)
+    assert list(curves) == ["gradient_histogram"]
+    assert brief == {name: thorough[name] for name in brief}
+
+
+def test_only_so_many_images_for_what_runs_the_model(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load("digits", split="test").subset(12)
+    monkeypatch.setattr("sdecor.evaluation.MOST", 5)
+    few, whole = (measure(model, d, metrics=["deletion"])[0] for d in (data.subset(5), data))
+    assert few["deletion"] == pytest.approx(whole["deletion"]) and few["gini"] != pytest.approx(whole["gini"])
+    assert MOST == 1000
+
+
+def test_without_masks_there_is_no_localization(model: nn.Module, data: ImageData) -> None:
+    plain = ImageData.from_tensors(data.images, data.labels, classes=data.classes)
+    metrics, _ = measure(model, plain, thorough=False)
+    assert {n for n in OF_MAP if n in metrics} == {n for n in OF_MAP if MEASURES[n].family == "sharpness"}
+    assert "object_area" not in metrics
+
+
+def test_what_is_undefined_on_all_images_is_absent(data: ImageData) -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(784, 10)
+
+        def forward(self, x: Tensor) -> Any:
+            return 0 * self.fc(x.flatten(1))
+
+    metrics, curves = measure(Constant(), data, layers=("fc",), metrics=["area_between", "randomization"])
+    assert set(metrics) & set(MEASURES) == {"area_between"}
+    assert metrics["area_between"] == 0
+    assert sum(curves["gradient_histogram"]) == 0
+
+
+def test_unknown_metrics_and_broken_models(model: nn.Module, data: ImageData) -> None:
+    for thorough in (True, False):
+        with pytest.raises(ValueError) as error:
+            measure(model, data, metrics=["magic"], thorough=thorough)
+        assert str(error.value) == f"unknown measure 'magic'; known: {', '.join(MEASURES)}"
+    broken = build("lenet", 1, 10, 28)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError) as error:
+        measure(broken, data)
+    assert str(error.value) == "attribution has NaN in 30 of 30 rows (the first is row 0)"
+
+
+def test_modes_flags_and_random_state_stay(model: nn.Module, data: ImageData) -> None:
+    model.train()
+    state = torch.get_rng_state()
+    first = measure(model, data, metrics=["area_between"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    torch.rand(3)
+    assert measure(model, data, metrics=["area_between"]) == first
+    model.eval()
+
+
+# --- exhibits -------------------------------------------------------------------------------------------------------
+
+
+def test_an_exhibit_shows_the_first_image_of_each_class(model: nn.Module, data: ImageData) -> None:
+    shown = exhibit(model, data)
+    first = {int(y): i for i, y in reversed(list(enumerate(data.labels.tolist())))}
+    assert shown["index"].tolist() == [first[y] for y in sorted(first)]
+    logits, gradient = logits_and_gradient(model, data.normalized(shown["index"]))
+    score = pixel_score(gradient)
+    close(shown["saliency"], score / score.amax((1, 2), keepdim=True), 1e-3)
+    assert shown["saliency"].dtype == torch.float16 and shown["saliency"].amax((1, 2)).eq(1).all()
+    assert torch.equal(shown["predicted"], logits.argmax(1)) and shown["index"].dtype == torch.int64
+    assert exhibit(model, data, images=3)["index"].tolist() == shown["index"][:3].tolist()
+
+
+def test_an_exhibit_is_small() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return 0 * x.flatten(1)[:, :10]
+
+    pictures = torch.randint(256, (10, 1, 150, 150), dtype=torch.uint8)
+    shown = exhibit(Constant(), ImageData.from_tensors(pictures, torch.arange(10).flip(0)))
+    assert shown["index"].tolist() == [9, 8, 7]  # of 45 kB each
+    assert shown["saliency"].nbytes <= BYTES and shown["saliency"].eq(0).all()  # a map of zeros stays one
+    huge = ImageData.from_tensors(torch.zeros(1, 1, 300, 300), torch.zeros(1))
+    assert len(exhibit(Constant(), huge)["index"]) == 1
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +233,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def noted(cases: dict[str, Case]) -> pd.DataFrame:
         names.extend(cases)
         cheap = ("sharpness", "localization")
-        return table(cases, [n for c in cases.values() for n in available(c) if METRICS[n].family in cheap])
+        return table(cases, [n for c in cases.values() for n in available(c) if MEASURES[n].family in cheap])
 
-    monkeypatch.setattr(sdecor.evaluation.registry, "table", noted)
+    monkeypatch.setattr(sdecor.evaluation, "table", noted)
     return names
 
 
@@ -61,15 +243,12 @@ def path_of(store: Store) -> Path:
     return store.root / "tables" / "shapes" / f"{RUN.key}.csv"
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_table_has_every_attribution_and_control_by_every_measure(done: Store) -> None:
     result = tabulate(RUN, done, TWO, images=8)
     assert list(result["attribution"].unique()) == [*CONTROLS, *TWO]
     for name, part in result.groupby("attribution"):
-        without = {n for n, m in METRICS.items() if "explain" in m.needs} if name == "ground truth" else set()
-        assert list(part["metric"]) == [n for n in METRICS if n not in without]
+        without = {n for n in MEASURES if "explain" in needs(n)} if name == "ground truth" else set()
+        assert list(part["metric"]) == [n for n in MEASURES if n not in without]
     assert (result["images"] == 8).all()
     values = result.set_index(["attribution", "metric"])
     assert (values.loc["ground truth"]["value"][["relevance_mass", "auroc", "pointing_game"]] == 1).all()
@@ -78,9 +257,9 @@ def test_a_table_has_every_attribution_and_control_by_every_measure(done: Store)
     assert values.loc["constant", "randomization"]["undefined"] == 8  # a constant map has no ranks to compare
 
 
-def test_its_values_are_those_of_the_registry(done: Store) -> None:
+def test_its_values_are_those_of_the_measures(done: Store) -> None:
     data = load("shapes", split="test", samples=60).subset(8)
-    x, model = data.normalized(), done.model(RUN, 3, 8, 32)
+    x, model = data.normalized(), done.model(RUN)
     target = logits_and_gradient(model, x)[0].argmax(1)
 
     def gradcam(model: Any, images: Tensor, target: Tensor) -> Tensor:
@@ -179,15 +358,15 @@ def test_images_without_masks(tmp_path: Path, seen: list[str]) -> None:
         folder = tmp_path / "images" / ("test" if i % 4 == 0 else "train") / str(i % 3)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.png")
-    run, store = replace(RUN, data=str(tmp_path / "images"), data_options=()), Store(tmp_path / "store")
+    run, store = RUN.but(data=str(tmp_path / "images"), data_options=()), Store(tmp_path / "store")
     execute(run, store)
     result = tabulate(run, store, ["gradient"], images=4)
     assert seen == [*CONTROLS[1:], "gradient"]
-    assert not {n for n, m in METRICS.items() if m.family == "localization"} & set(result["metric"])
+    assert not {n for n, m in MEASURES.items() if m.family == "localization"} & set(result["metric"])
     seen.clear()
     pd.testing.assert_frame_equal(tabulate(run, store, ["gradient"], images=4), result)
     assert seen == []
-    streamed = replace(run, data_options=(("memory_limit", 1), ("workers", 0)))
+    streamed = run.but(data_options={"memory_limit": 1, "workers": 0})
     with pytest.raises(ValueError) as error:
         tabulate(streamed, store, images=4)
     assert str(error.value) == "a table needs images in memory, and these are streamed; raise memory_limit"
@@ -201,7 +380,7 @@ def test_what_tabulate_refuses(done: Store) -> None:
         tabulate(RUN, done, [], images=99)
     assert str(error.value) == "images must be at most 60, the held-out ones of shapes, got 99"
     with pytest.raises(FileNotFoundError) as absent:
-        tabulate(replace(RUN, seed=9), done, [], images=8)
+        tabulate(RUN.but(seed=9), done, [], images=8)
     assert str(absent.value).startswith("no weights of standard, seed 9: ")
 
 
@@ -232,13 +411,13 @@ def test_a_record_is_measured_again(store: Store, old: Any) -> None:
 
 
 def test_a_run_that_saw_other_images_is_measured_on_them(tmp_path: Path) -> None:
-    run, store = replace(RUN, removed=0.5, removed_by="random"), Store(tmp_path)
+    run, store = RUN.but(removed=0.5, removed_by="random"), Store(tmp_path)
     record = execute(run, store)
     assert record is not None
     again = measure_again(run, store).metrics
     assert again == pytest.approx(record.metrics, rel=1e-5)
-    model = store.model(run, 3, 8, 32)
-    assert measure(model, data_of(run, store, "test"), thorough=False)[0] == again
+    model = store.model(run)
+    assert measure(model, data_of(run, store, "test"), thorough=False)[0] == pytest.approx(again, rel=1e-6)
     assert measure(model, load("shapes", split="test", samples=60), thorough=False)[0]["gini"] != pytest.approx(
         again["gini"], rel=1e-3
     )
@@ -253,7 +432,7 @@ def test_without_weights_nothing_is_measured(store: Store) -> None:
 
 
 def test_the_command(store: Store, old: Any) -> None:
-    other = replace(RUN, seed=1)
+    other = RUN.but(seed=1)
     store.write(replace(old, run=other))
     called = CliRunner().invoke(app, ["measure", "--store", str(store.root), "--data", "shapes"], prog_name="sdecor")
     assert (called.exit_code, called.stderr) == (0, "")

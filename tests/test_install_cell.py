@@ -17,7 +17,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the packages of the ext
 yaml = pytest.importorskip("yaml", reason="needs the packages of the extra 'test'")
 
 CHAPTER = "build/whitening"  # any would do; this one is short
-PROBE = "import sdecor\n\nprint(sdecor.__file__)\nprint(sys.executable)"
+PROBE = "import sys\n\nimport sdecor\n\nprint(sdecor.__file__)\nprint(sys.executable)"
 
 
 def environment(root: Path, folder: Path) -> dict[str, str]:

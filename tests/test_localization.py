@@ -34,7 +34,7 @@ from sdecor.measures.localization import (
 LOCALIZATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mass": relevance_mass,
     "pointing": pointing_game,
-    "pointing_near": lambda attribution, mask: pointing_game(attribution, mask, 1.5),
+    "pointing_near": lambda saliency, mask: pointing_game(saliency, mask, 1.5),
     "rank": relevance_rank,
     "auroc": auroc,
     "precision": average_precision,
@@ -226,7 +226,7 @@ def test_where_quantus_differs() -> None:
 
 
 @pytest.mark.parametrize(("a", "message"), BAD_MAPS, ids=[message for _, message in BAD_MAPS])
-def test_bad_attributions(a: Tensor, message: str) -> None:
+def test_bad_maps(a: Tensor, message: str) -> None:
     for measure in LOCALIZATION.values():
         with pytest.raises(ValueError) as caught:
             measure(a, torch.ones_like(a))
@@ -237,7 +237,7 @@ def test_bad_attributions(a: Tensor, message: str) -> None:
 def test_bad_masks(name: str) -> None:
     with pytest.raises(ValueError) as caught:
         LOCALIZATION[name](torch.ones(2, 4, 4), torch.ones(2, 4, 5))
-    assert str(caught.value) == "mask has shape (2, 4, 5), attribution has (2, 4, 4); both must be (B, H, W)"
+    assert str(caught.value) == "mask has shape (2, 4, 5), the maps have (2, 4, 4); both must be (B, H, W)"
     with pytest.raises(ValueError) as caught:
         LOCALIZATION[name](torch.ones(2, 4, 4), torch.full((2, 4, 4), 255, dtype=torch.uint8))
     assert str(caught.value) == "mask must hold only 0 and 1 (or be boolean); threshold it first"
@@ -379,10 +379,10 @@ def test_mosaic_takes_torchs_generator_by_default() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.ones(6, 2, 2)}, "images must have shape (N, C, H, W), got (6, 2, 2)"),
+        ({"images": torch.ones(6, 2, 2)}, "images must have shape (B, C, H, W), got (6, 2, 2)"),
         ({"target": torch.arange(5)}, "target must be 6 whole numbers, got shape (5,) of torch.int64"),
         ({"target": torch.ones(6)}, "target must be 6 whole numbers, got shape (6,) of torch.float32"),
-        ({"grid": 1}, "grid must be at least 2, got 1"),
+        ({"grid": 1}, "grid must be finite and at least 2, got 1"),
         ({"grid": 3}, "grid=3 needs images of 9 classes, target has 6"),
     ],
 )

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdecor.masking
-from sdecor.masking import FILLS, impute, lowest, masked, replacement
+from sdecor.masking import impute, lowest, masked, replacement
+from sdecor.registers import FILLS
 
 
 def test_examples_in_docstrings() -> None:
@@ -169,6 +170,21 @@ def test_masked_hits_all_channels_of_a_pixel() -> None:
     x = torch.arange(8.0).view(1, 2, 2, 2)
     out = masked(x, torch.tensor([[[True, False], [False, True]]]), torch.full_like(x, -1))
     assert out.tolist() == [[[[-1, 1], [2, -1]], [[-1, 5], [6, -1]]]]
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 5, 6), (4, 3, 5, 6)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_masked_gives_the_very_bits_and_a_gradient(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, 3.0, -7.5])
+    x, filling = (special[torch.randint(8, shape)].to(memory_format=layout) for _ in range(2))
+    mask = torch.rand(4, 5, 6) < 0.5
+    for new in (filling, filling[:, :, :1, :1].expand(shape)):
+        expected = torch.where(mask[:, None].expand(shape), new, x)
+        assert torch.equal(masked(x, mask, new).view(torch.int32), expected.view(torch.int32))
+    for kept, other in ((True, False), (False, True)):
+        x, new = torch.randn(shape, requires_grad=kept), torch.randn(shape, requires_grad=other)
+        (gradient,) = torch.autograd.grad(masked(x, mask, new).sum(), x if kept else new)
+        assert torch.equal(gradient != 0, (mask ^ kept)[:, None].expand(shape))
 
 
 @pytest.mark.parametrize("levels", [2, 5, 10**6])

@@ -5,15 +5,20 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 from torch import nn
 
 import sdecor.models
-from sdecor.models import MODELS, build, default_layers, layer
+from sdecor import config
+from sdecor.models import build, default_layers, layer
+from sdecor.models import model as enter
+from sdecor.registers import MODELS, Between
 
 DEFAULT_LAYERS = {
     "lenet": {"conv2": (16, 12, 12), "fc2": (80,)},
@@ -36,7 +41,12 @@ def run(model: nn.Module, channels: int, size: int) -> tuple[torch.Tensor, torch
     return logits, torch.autograd.grad(logits[:, 0].sum(), x)[0], shapes
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_the_register_holds_those_of_this_file() -> None:
+    assert list(MODELS) == list(DEFAULT_LAYERS)
+    assert all(entry.label and entry.function.__doc__ for entry in MODELS.values())
+
+
+@pytest.mark.parametrize("name", DEFAULT_LAYERS)
 def test_colour_images_of_32_pixels(name: str) -> None:
     torch.manual_seed(0)
     model = build(name, 3, 10, 32)
@@ -79,6 +89,76 @@ def test_resnet_has_the_imagenet_stem_only_for_larger_images() -> None:
     assert isinstance(large.maxpool, nn.MaxPool2d)
 
 
+@pytest.mark.parametrize("size", [32, 96])
+def test_the_usual_width_of_resnet_is_torchvisions_bit_for_bit(size: int) -> None:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(4)
+    official = resnet18(num_classes=10).state_dict()
+    torch.manual_seed(4)
+    ours = build("resnet18", 3, 10, size).state_dict()
+    assert list(ours) == list(official)
+    assert all(torch.equal(ours[name], official[name]) for name in official if name != "conv1.weight")
+    torch.manual_seed(4)
+    again = build("resnet18", 3, 10, size, width=64).state_dict()
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+def test_half_the_width_of_resnet_is_a_quarter_of_its_weights() -> None:
+    wide, narrow, thin = (build("resnet18", 3, 10, 32, width=width) for width in (64, 32, 1))
+    assert list(wide.state_dict()) == list(narrow.state_dict())
+    for (name, a), b in zip(wide.named_parameters(), narrow.parameters(), strict=True):
+        inside = name not in ("conv1.weight", "fc.weight", "fc.bias") and a.ndim == 4
+        assert a.numel() == b.numel() * (4 if inside else 1 if name == "fc.bias" else 2)
+    assert run(narrow, 3, 32)[2] == {"layer4.1.conv2": (256, 4, 4), "avgpool": (256, 1, 1)}
+    assert run(thin, 3, 32)[0].shape == (2, 10)
+    scale = [
+        m.weight.detach().std() * (m.out_channels * m.kernel_size[0] ** 2 / 2) ** 0.5
+        for m in narrow.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+    assert all(abs(float(s) - 1) < 0.1 for s in scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet18", {"width": 0}, "width must be finite and at least 1, got 0"),
+        ("resnet18", {"width": 1.5}, "width must be of type int, got 1.5 (float)"),
+        ("resnet18", {"depth": 3}, "model 'resnet18' has no option 'depth'; it has: width"),
+        ("lenet", {"width": 3}, "model 'lenet' has no option 'width'; it has: none"),
+    ],
+)
+def test_bad_options_are_named_by_a_run_as_by_build(name: str, options: dict[str, object], message: str) -> None:
+    for attempt in (lambda: build(name, 3, 10, 32, **options), lambda: config.Model(name, tuple(options.items()))):
+        with pytest.raises(ValueError) as caught:
+            attempt()
+        assert str(caught.value) == message
+
+
+@pytest.fixture
+def entered() -> Iterator[None]:
+    """What a test enters is taken out again."""
+    before = set(MODELS)
+    yield
+    for name in set(MODELS) - before:
+        del MODELS[name]
+
+
+@pytest.mark.usefixtures("entered")
+def test_a_class_of_ones_own_is_entered_with_options() -> None:
+    @enter
+    class Small(nn.Sequential):
+        def __init__(self, channels: int, classes: int, size: int, *, hidden: Annotated[int, Between(1)] = 16) -> None:
+            sizes = (channels * size**2, hidden, classes)
+            super().__init__(nn.Flatten(), *mlp(*sizes))
+
+    assert default_layers(build("Small", 1, 4, 8)) == ("1",)
+    assert layer(build("Small", 1, 4, 8, hidden=5), "1").out_features == 5
+    with pytest.raises(ValueError, match="^hidden must be finite and at least 1, got 0$"):
+        build("Small", 1, 4, 8, hidden=0)
+
+
 def test_seed_decides_the_weights() -> None:
     def weights(seed: int) -> list[torch.Tensor]:
         torch.manual_seed(seed)
@@ -93,7 +173,7 @@ def test_seed_decides_the_weights() -> None:
     [
         (
             ("lenett", 1, 10, 28),
-            "unknown model 'lenett'; known: lenet, cnn_bn, resnet18, vgg11_bn, vit, or package.module:factory",
+            "unknown model 'lenett'; known: lenet, cnn_bn, resnet18, vgg11_bn, vit",
         ),
         (("lenet", 0, 10, 28), "in_channels must be a positive whole number, got 0"),
         (("lenet", 1, 10.0, 28), "num_classes must be a positive whole number, got 10.0"),
@@ -132,10 +212,10 @@ def test_unknown_layer() -> None:
 def test_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_models.py").write_text(
         "from torch import nn\n"
-        "def small(in_channels, num_classes, image_size):\n"
+        "def small(in_channels, num_classes, image_size, hidden=16):\n"
         "    size = in_channels * image_size**2\n"
         "    relu = nn.ReLU(inplace=True)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(size, 16), relu, nn.Linear(16, num_classes))\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(size, hidden), relu, nn.Linear(hidden, num_classes))\n"
         "def text(*arguments):\n"
         "    return 'a model'\n"
         "number = 3\n"
@@ -147,6 +227,7 @@ def test_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert logits.shape == (2, 5)
     assert shapes == {"1": (16,)}
     assert model[2].inplace is False
+    assert layer(build("own_models:small", 3, 5, 4, hidden=8), "1").out_features == 8
     with pytest.raises(TypeError, match=r"^model 'own_models:text' must return an nn.Module, it returned str$"):
         build("own_models:text", 3, 5, 4)
     with pytest.raises(TypeError, match=r"^model 'own_models:number' must name a callable, it names a int$"):

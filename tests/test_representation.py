@@ -155,7 +155,7 @@ def test_bad_covariance() -> None:
     covariance.update(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"^features have 4 channels, the batches before had 3$"):
         covariance.update(torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"^max_samples must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^max_samples must be finite and at least 1, got 0$"):
         Covariance(max_samples=0)
 
 

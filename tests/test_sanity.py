@@ -12,14 +12,14 @@ import skimage.filters
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import close
-from test_robustness import flags, trained
+from maps import close, flags, trained
 from torch import Tensor, nn
 
 from sdecor.measures import sanity
 from sdecor.measures.robustness import spearman, ssim
 from sdecor.measures.sanity import RANDOMIZATIONS, controls, parameter_randomization, randomized
-from sdecor.models import MODELS, build
+from sdecor.models import build
+from sdecor.registers import MODELS
 from sdecor.saliency import logits_and_gradient, pixel_score
 
 each_order = pytest.mark.parametrize("order", RANDOMIZATIONS)
@@ -240,7 +240,7 @@ def test_noise_is_uniform() -> None:
 def test_bad_controls() -> None:
     with pytest.raises(ValueError, match=r"^images must have shape \(B, C, H, W\), got \(2, 4, 4\)$"):
         controls(torch.ones(2, 4, 4))
-    with pytest.raises(ValueError, match=r"^mask has shape \(2, 4, 5\), attribution has \(2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"^mask has shape \(2, 4, 5\), the maps have \(2, 4, 4\)"):
         controls(torch.ones(2, 1, 4, 4), torch.ones(2, 4, 5))
     with pytest.raises(ValueError, match=r"^mask must hold only 0 and 1"):
         controls(torch.ones(2, 1, 4, 4), torch.full((2, 4, 4), 0.5))

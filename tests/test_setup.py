@@ -19,8 +19,13 @@ import sdecor
 
 
 @pytest.fixture(scope="module")
-def project(root: Path) -> dict:
-    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+def pyproject(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def project(pyproject: dict) -> dict:
+    return pyproject["project"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +46,9 @@ def pinned_here(pins: list[Requirement]) -> dict[str, str]:
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in here}
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+def python(code: str, cwd: Path | None = None) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -97,6 +103,15 @@ def test_everything_installed_for_the_project_is_pinned(direct: list[Requirement
             extras = requirement.extras or {""}
             if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in extras):
                 todo.append(child)
+
+
+def test_every_package_is_installed(root: Path, pyproject: dict, tmp_path: Path) -> None:
+    """An editable install, too, knows no others than these."""
+    named = pyproject["tool"]["setuptools"]["packages"]
+    folders = (p.parent.relative_to(root) for p in (root / "sdecor").rglob("__init__.py"))
+    assert sorted(named) == sorted([".".join(folder.parts) for folder in folders] + ["sdecor_book"])
+    places = python("import sdecor, sdecor_book; print(sdecor.__file__, sdecor_book.__file__)", cwd=tmp_path).split()
+    assert [Path(place).parent for place in places] == [root / "sdecor", root / "book/tools"]
 
 
 def test_version_is_the_same_everywhere(root: Path, project: dict) -> None:

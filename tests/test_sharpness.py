@@ -163,7 +163,7 @@ def test_one_pixel_has_no_normalized_entropy() -> None:
 
 
 @pytest.mark.parametrize(("a", "message"), BAD_MAPS, ids=[message for _, message in BAD_MAPS])
-def test_bad_attributions(a: Tensor, message: str) -> None:
+def test_bad_maps(a: Tensor, message: str) -> None:
     for measure in SHARPNESS.values():
         with pytest.raises(ValueError) as caught:
             measure(a)
@@ -174,7 +174,7 @@ def test_bad_attributions(a: Tensor, message: str) -> None:
 def test_bad_fraction(fraction: float) -> None:
     with pytest.raises(ValueError) as caught:
         top_mass(torch.ones(1, 2, 2), fraction)
-    assert str(caught.value) == f"fraction must lie between 0 and 1, both excluded, got {fraction}"
+    assert str(caught.value) == f"fraction must be strictly between 0 and 1, got {fraction}"
 
 
 def test_examples() -> None:

@@ -253,13 +253,12 @@ def test_drawings_are_opaque_and_self_contained(path: Path) -> None:
 INSTALL = """\
 # A fresh runtime, such as Colab's, has no sdecor: fetch the book, with the records and weights of the published runs.
 import importlib.util
-import os
-import sys
+import site
 
-if importlib.util.find_spec("sdecor") is None:
+if importlib.util.find_spec("sdecor_book") is None:
     !git clone --quiet --depth 1 {url}
     %pip install --quiet --editable {name}
-    sys.path.insert(0, os.path.abspath("{name}"))"""
+    site.main()  # from now on this Python finds it"""
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
@@ -269,15 +268,17 @@ def test_first_cell_of_a_chapter_installs_the_book(notebook: Path) -> None:
     first, second, *_ = (c for c in jupytext.read(notebook.with_suffix(".md")).cells if c.cell_type == "code")
     url = CONFIG["repository"]["url"]
     assert first.source == INSTALL.format(url=url, name=url.rsplit("/", 1)[1])
-    assert (first.metadata["tags"], second.metadata["tags"]) == (["install", "remove-cell"], ["parameters"])
+    assert (first.metadata["tags"], second.metadata["tags"]) == (
+        ["install", "remove-cell"],
+        ["parameters", "hide-cell"],
+    )
 
 
 def test_every_public_module_is_in_the_api() -> None:
-    modules = {
-        ".".join(p.relative_to(ROOT).with_suffix("").parts)
-        for p in (ROOT / "sdecor").rglob("*.py")
-        if not p.name.startswith("_")
-    } - {"sdecor.images"}  # what is public in it is in sdecor.data
+    """And what notebooks import of the book's own helpers."""
+    files = [p for p in (ROOT / "sdecor").rglob("*.py") if not p.name.startswith("_") or p.name == "__init__.py"]
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files}
+    modules = modules - {"sdecor", "sdecor.images"} | {"sdecor_book.chapter"}  # images is in sdecor.data
     assert modules == set(re.findall(r"^\.\. automodule:: (\S+)$", read(BOOK / "back/api.md"), re.MULTILINE))
 
 
@@ -287,6 +288,20 @@ def test_every_symbol_has_one_row() -> None:
         rows = re.findall(r"^\| (\$[^|]+\$) \|", section, re.MULTILINE)
         assert rows
         assert not [s for s, times in Counter(rows).items() if times > 1]
+
+
+def test_letters_that_two_pages_use_are_listed_with_both_meanings() -> None:
+    text = read(BOOK / "back/notation.md")
+    listed = re.findall(r"^- (.*?):", text, re.MULTILINE)
+    known = {letter for entry in listed for letter in re.findall(r"\$([^$]+)\$", entry)}
+    pages = [
+        {re.sub(r"\\(?:hat|tilde|bar)\s*", "", symbol) for symbol in re.findall(r"\$([^$]+)\$", " ".join(rows))}
+        for rows in (re.findall(r"^\| ([^|]+) \|", part, re.MULTILINE) for part in text.split("\n### ")[1:])
+    ]
+    found = Counter(letter for page in pages for letter in {re.match(r"\\[a-zA-Z]+|\w", s)[0] for s in page})  # type: ignore[index]
+    same = {r"\nu", "w"}  # eigenvalues, and weights, on all pages
+    assert {letter for letter, times in found.items() if times > 1} - same <= known
+    assert {"F", r"\omega"} <= known
 
 
 def test_names_beside_the_symbols_are_in_the_code() -> None:

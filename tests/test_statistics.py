@@ -78,7 +78,7 @@ def test_paired_difference_by_hand() -> None:
         (lambda: summary([1.0, math.nan]), "values must be finite, got nan at position 1"),
         (lambda: paired_difference([1.0], [math.inf]), "b must be finite, got inf at position 0"),
         (lambda: paired_difference([1, 2], [1, 2, 3]), "a has 2 values and b has 3; pairs need one of each per seed"),
-        (lambda: paired_difference([1, 2], [1, 2], 95), "confidence must lie between 0 and 1, both excluded, got 95"),
+        (lambda: paired_difference([1, 2], [1, 2], 95), "confidence must be strictly between 0 and 1, got 95"),
     ],
 )
 def test_bad_statistics(call: Callable[[], object], message: str) -> None:
@@ -346,12 +346,12 @@ def test_a_metric_that_a_method_lacks() -> None:
     ("call", "message"),
     [
         (lambda: paired_bootstrap([], []), "a must hold at least one number, one per seed, got shape (0,)"),
-        (lambda: paired_bootstrap([1, 2], [1, 2], 95), "confidence must lie between 0 and 1, both excluded, got 95"),
-        (lambda: paired_bootstrap([1, 2], [1, 2], resamples=9), "resamples must be at least 100, got 9"),
+        (lambda: paired_bootstrap([1, 2], [1, 2], 95), "confidence must be strictly between 0 and 1, got 95"),
+        (lambda: paired_bootstrap([1, 2], [1, 2], resamples=9), "resamples must be finite and at least 100, got 9"),
         (lambda: effect_size([1, 2], [1]), "a has 2 values and b has 1; pairs need one of each per seed"),
         (lambda: equivalence([1, 2], [1, math.nan], 1), "b must be finite, got nan at position 1"),
-        (lambda: equivalence([1, 2], [1, 2], 0), "margin must be positive and finite, got 0"),
-        (lambda: equivalence([1, 2], [1, 2], math.nan), "margin must be positive and finite, got nan"),
+        (lambda: equivalence([1, 2], [1, 2], 0), "margin must be finite and greater than 0, got 0"),
+        (lambda: equivalence([1, 2], [1, 2], math.nan), "margin must be finite and greater than 0, got nan"),
         (lambda: holm([0.5, 1.5]), "p_values must lie in [0, 1], got 1.5"),
         (lambda: holm(torch.ones(1, 2)), "p_values must have shape (m,), got (1, 2)"),
     ],

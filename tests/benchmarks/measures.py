@@ -1,8 +1,8 @@
 """Cost of measures beside bare forward passes and beside Quantus: ``python tests/benchmarks/measures.py [--rounds N]``.
 
 Timed as in `run.py` beside it. Both sides do the same work, in batches of the same size, which is checked by their
-results before anything is timed. Then the seconds, on two threads, of every measure of the registry for the gradient of
-one LeNet on 1,000 test images of MNIST, or of digits where MNIST is not.
+results before anything is timed. Then the seconds, on two threads, of every measure there is for the gradient of one
+LeNet on 1,000 test images of MNIST, or of digits where MNIST is not.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from run import Step, fresh, medians
 from torch import Tensor
 
+from sdecor.config import Objective, Schedule
 from sdecor.data import load
+from sdecor.measures.case import Case, evaluate
 from sdecor.measures.faithfulness import perturbation_curve
 from sdecor.measures.localization import auroc, pointing_game, relevance_mass, relevance_rank
-from sdecor.measures.registry import METRICS, Case, evaluate
-from sdecor.measures.suite import object_masks
-from sdecor.objective import Objective
+from sdecor.registers import MEASURES
 from sdecor.saliency import frozen_eval, logits_and_gradient
 from sdecor.sources import available
-from sdecor.training import Schedule, fit
+from sdecor.training import fit
 
 FILL = 0.123  # the value of no pixel: Quantus warns of replacements that change nothing, and that would take time
 SHARED = ("deletion", "max_sensitivity")  # the first that asks for the curves, and for the maps of noisy images
@@ -122,33 +122,31 @@ def localization_steps(count: int, side: int = 28) -> dict[str, Step]:
     return steps
 
 
-def full_table(root: str | None, count: int = 1000) -> None:
-    """Print the seconds of every measure of the registry for the gradient maps of `count` test images."""
+def full_table(root: str | None, count: int) -> None:
+    """Print the seconds of every measure for the gradient maps of `count` test images."""
     name = "mnist" if any(s.name == "mnist" and s.present for s in available(root)) else "digits"
     train, test = (load(name, root, split) for split in ("train", "test"))
     model, _ = fresh("lenet", train)
-    fit(model, train.subset(5000), Objective.of("standard"), Schedule(epochs=2), seed=0, progress=False)
+    fit(model, train.subset(5000), Objective("standard"), Schedule(epochs=2), seed=0, progress=False)
     test = test.subset(torch.arange(count) % len(test))
     images = test.normalized()
     logits, gradient = logits_and_gradient(model, images)
     case = Case(
         attribution=gradient,
-        mask=object_masks(test),
+        mask=test.object_masks,
         model=model,
         images=images,
         target=logits.argmax(1),
         explain=lambda net, images, target: logits_and_gradient(net, images, target)[1],
     )
     seconds = {}
-    for metric in METRICS:
+    for metric in MEASURES:
         started = time.perf_counter()
         evaluate(case, [metric])
         seconds[metric] = time.perf_counter() - started
     repeated = "" if name == "mnist" else ", each taken several times: MNIST is not here"
-    print(
-        f"all {len(METRICS)} measures of {count} gradient maps of {name}{repeated}, {torch.get_num_threads()} threads: "
-        f"{sum(seconds.values()):.1f} s (should be < 60)"
-    )
+    what = f"all {len(MEASURES)} measures of {count} gradient maps of {name}{repeated}"
+    print(f"{what}, {torch.get_num_threads()} threads: {sum(seconds.values()):.1f} s (should be < 60)")
     for metric in sorted(seconds, key=lambda metric: -seconds[metric])[:5]:
         print(f"  {metric:24s} {seconds[metric]:6.1f} s{', with what others share' if metric in SHARED else ''}")
 
@@ -158,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--maps", type=int, default=1000)
+    parser.add_argument("--table", type=int, default=1000, help="test images on which every measure is timed")
     parser.add_argument("--data-root", help="where MNIST may lie; by default $SDECOR_DATA or a folder of your cache")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -179,7 +178,7 @@ def main() -> None:
             f"{ratio}Quantus / ours {theirs / ours:.2f} (should be >= {bound})"
         )
     torch.set_num_threads(2)
-    full_table(given.data_root)
+    full_table(given.data_root, given.table)
 
 
 if __name__ == "__main__":

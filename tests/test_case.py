@@ -1,8 +1,10 @@
-"""The registry: every entry is the function it names, has its direction and range, and asks for what it needs."""
+"""Cases: every measure has its direction and range, asks for what it needs, and gets it, one from outside too."""
 
 from __future__ import annotations
 
+import doctest
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,30 +16,34 @@ from hypothesis import strategies as st
 from maps import close
 from torch import Tensor, nn
 
+import sdecor.measures.case
+from sdecor.attribution import attribute
+from sdecor.config import Objective, Schedule
 from sdecor.data import load
 from sdecor.measures import (
-    attack,
-    chance_level,
-    controls,
-    explanation_shift,
-    faithfulness_correlation,
-    infidelity,
-    local_lipschitz,
+    MEASURES,
+    RECOMMENDED,
+    Case,
+    available,
+    evaluate,
     localization,
-    max_sensitivity,
-    randomized,
+    measure,
+    needs,
+    quantity,
     sharpness,
-    spearman,
+    table,
 )
-from sdecor.measures.faithfulness import faithfulness
-from sdecor.measures.registry import METRICS, RECOMMENDED, Case, available, evaluate, table
+from sdecor.measures.case import QUANTITIES
+from sdecor.measures.faithfulness import faithfulness, faithfulness_correlation, infidelity
+from sdecor.measures.localization import chance_level
+from sdecor.measures.robustness import attack, explanation_shift, local_lipschitz, max_sensitivity, spearman
+from sdecor.measures.sanity import controls, randomized
 from sdecor.models import build
-from sdecor.objective import Objective
-from sdecor.saliency import attribute, logits_and_gradient, pixel_score
-from sdecor.training import Schedule, fit
+from sdecor.saliency import logits_and_gradient, pixel_score
+from sdecor.training import fit
 
 FAMILIES = {"sharpness": 5, "localization": 6, "faithfulness": 8, "robustness": 3, "sanity": 1}
-LOCALIZATION = [name for name, metric in METRICS.items() if metric.family == "localization"]
+LOCALIZATION = [name for name, metric in MEASURES.items() if metric.family == "localization"]
 
 
 def gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     data = load("shapes", samples=1500)
     model = build("lenet", data.channels, data.num_classes, data.image_size)
-    fit(model, data, Objective.of("standard"), Schedule(epochs=4, batch_size=64, lr=3e-3), seed=0, progress=False)
+    fit(model, data, Objective("standard"), Schedule(epochs=4, batch_size=64, lr=3e-3), seed=0, progress=False)
     held_out = load("shapes", split="val").subset(60)
     assert held_out.masks is not None
     return model, held_out.normalized(), held_out.masks
@@ -81,10 +87,10 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_families_directions_and_names() -> None:
-    assert {f: sum(m.family == f for m in METRICS.values()) for f in FAMILIES} == FAMILIES
-    assert len(METRICS) == sum(FAMILIES.values()) == len({m.title for m in METRICS.values()})
-    assert set(RECOMMENDED) <= set(METRICS)
-    for metric in METRICS.values():
+    assert {f: sum(m.family == f for m in MEASURES.values()) for f in FAMILIES} == FAMILIES
+    assert len(MEASURES) == sum(FAMILIES.values()) == len({m.title for m in MEASURES.values()})
+    assert set(RECOMMENDED) <= set(MEASURES)
+    for metric in MEASURES.values():
         assert metric.low < metric.high
         assert metric.heading == f"{metric.title} {dict(higher='↑', lower='↓')[metric.better]}"
 
@@ -103,7 +109,7 @@ def test_every_value_is_that_of_its_function(case: Case) -> None:
     noise = {"radius": 0.1, "samples": 3, "seed": 4}
     *_, (_, other) = randomized(model, seed=4)
     expected = {
-        **{name: getattr(sharpness, name)(score) for name, m in METRICS.items() if m.family == "sharpness"},
+        **{name: getattr(sharpness, name)(score) for name, m in MEASURES.items() if m.family == "sharpness"},
         **{name: getattr(localization, name)(score, mask) for name in LOCALIZATION},
         **faithfulness(model, x, y, score, fill="linear", generator=draws()),
         "infidelity": infidelity(model, x, y, a, noise=0.1, seed=4),
@@ -114,8 +120,8 @@ def test_every_value_is_that_of_its_function(case: Case) -> None:
         "randomization": spearman(score, pixel_score(gradient(other, x, y))),
     }
     values = evaluate(case)
-    assert list(values) == list(METRICS) == list(available(case))
-    assert set(expected) == set(METRICS)
+    assert list(values) == list(MEASURES) == list(available(case))
+    assert set(expected) == set(MEASURES)
     for name, value in expected.items():
         assert values[name].shape == (6,) and values[name].dtype == torch.float64
         close(values[name], value)
@@ -125,13 +131,13 @@ def test_values_lie_in_their_range(case: Case) -> None:
     for name, value in evaluate(case).items():
         known = value[~value.isnan()]
         assert len(known), name
-        assert known.min() >= METRICS[name].low - 1e-9 and known.max() <= METRICS[name].high + 1e-9, name
+        assert known.min() >= MEASURES[name].low - 1e-9 and known.max() <= MEASURES[name].high + 1e-9, name
 
 
 def test_options_reach_their_functions(untrained: Any) -> None:
     model, x, mask = untrained
     plain, other = (of(model, x, mask, samples=2, **o) for o in ({}, {"radius": 0.5, "fill": "constant", "seed": 1}))
-    for name, metric in METRICS.items():
+    for name, metric in MEASURES.items():
         same = torch.equal(evaluate(plain, [name])[name], evaluate(other, [name])[name])
         assert same == (metric.family in ("sharpness", "localization")), name
     given = of(model, x, mask, adversarial=x)
@@ -194,7 +200,7 @@ def test_ground_truth_is_best_and_noise_at_chance(trained: Any) -> None:
     area = chance_level(many).mean().item()
     for name in LOCALIZATION:
         close(best[name], torch.ones(60), 1e-9)
-        assert METRICS[name].better == "higher"
+        assert MEASURES[name].better == "higher"
         assert found[name].lt(1).all() or name == "pointing_game"
         mean = random[name].mean().item()
         if name == "best_iou":  # the threshold is chosen by the mask
@@ -214,7 +220,7 @@ def test_random_weights_lose_the_object(trained: Any) -> None:
 def test_sharper_maps_are_better_in_every_measure_of_sharpness() -> None:
     one, blob = torch.zeros(1, 9, 9), torch.zeros(1, 9, 9)
     one[:, 4, 4], blob[:, 2:7, 2:7] = 1, 1
-    for name, metric in METRICS.items():
+    for name, metric in MEASURES.items():
         if metric.family == "sharpness" and name != "total_variation":
             sharp, dull = (evaluate(Case(attribution=a), [name])[name] for a in (one, blob))
             assert (sharp > dull) == (metric.better == "higher"), name
@@ -228,12 +234,12 @@ def test_a_map_that_knows_the_model_beats_one_that_does_not(trained: Any) -> Non
     x, target = x[keep], logits[keep].argmax(1)
     good = attribute(model, x, target, "occlusion", progress=False)
     known = {"model": model, "images": x, "target": target, "fill": "constant"}
-    names = [name for name, m in METRICS.items() if m.family == "faithfulness" and name != "monotonicity"]
+    names = [name for name, m in MEASURES.items() if m.family == "faithfulness" and name != "monotonicity"]
     right = evaluate(Case(attribution=good, **known), names)
     wrong = evaluate(Case(attribution=controls(x)["noise"], **known), names)
     for name in names:
         higher = right[name].nanmean() > wrong[name].nanmean()
-        assert higher == (METRICS[name].better == "higher"), name
+        assert higher == (MEASURES[name].better == "higher"), name
 
 
 def test_maps_that_ignore_the_model_do_not_change_with_it(untrained: Any) -> None:
@@ -252,11 +258,11 @@ def test_without_weights_there_is_nothing_to_randomize() -> None:
 # --- what is needed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", MEASURES)
 def test_needs_are_honest(untrained: Any, name: str) -> None:
     model, x, mask = untrained
     parts = vars(of(model, x, mask))
-    needed = {part: parts[part] for part in METRICS[name].needs}
+    needed = {part: parts[part] for part in needs(name)}
     least = Case(attribution=parts["attribution"], samples=1, **needed)
     assert name in available(least)
     assert evaluate(least, [name])[name].shape == (6,)
@@ -265,23 +271,23 @@ def test_needs_are_honest(untrained: Any, name: str) -> None:
         assert name not in available(without)
         with pytest.raises(ValueError) as error:
             evaluate(without, [name])
-        assert str(error.value) == f"metric '{name}' needs {part}, which this case does not have"
+        assert str(error.value) == f"measure '{name}' needs {part}, which this case does not have"
 
 
 def test_all_that_is_missing_is_named() -> None:
     with pytest.raises(ValueError) as error:
         evaluate(Case(attribution=torch.ones(1, 2, 2)), ["gini", "randomization"])
     assert str(error.value) == (
-        "metric 'randomization' needs model, images, target, explain, which this case does not have"
+        "measure 'randomization' needs model, images, target, explain, which this case does not have"
     )
 
 
-def test_an_unknown_metric() -> None:
+def test_an_unknown_measure() -> None:
     case = Case(attribution=torch.ones(1, 2, 2))
     for call in (partial(evaluate, case), partial(table, {"a": case}), partial(table, {})):
         with pytest.raises(ValueError) as error:
             call(["gini", "magic"])
-        assert str(error.value) == f"unknown metric 'magic'; known: {', '.join(METRICS)}"
+        assert str(error.value) == f"unknown measure 'magic'; known: {', '.join(MEASURES)}"
 
 
 MAPS = torch.rand(2, 4, 4)
@@ -293,7 +299,7 @@ MAPS = torch.rand(2, 4, 4)
         ({"attribution": MAPS[0]}, "attribution must have shape (B, C, H, W) or (B, H, W), got (4, 4)"),
         ({"attribution": MAPS / 0}, "attribution has infinity in 2 of 2 rows (the first is row 0)"),
         ({"attribution": MAPS * math.nan}, "attribution has NaN in 2 of 2 rows (the first is row 0)"),
-        ({"mask": MAPS[:, 1:] > 0}, "mask has shape (2, 3, 4), attribution has (2, 4, 4); both must be (B, H, W)"),
+        ({"mask": MAPS[:, 1:] > 0}, "mask has shape (2, 3, 4), the maps have (2, 4, 4); both must be (B, H, W)"),
         ({"mask": MAPS}, "mask must hold only 0 and 1 (or be boolean); threshold it first"),
         (
             {"images": torch.rand(2, 1, 5, 4)},
@@ -325,7 +331,7 @@ def test_bad_input_is_named(wrong: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", [name for name, m in METRICS.items() if m.family in ("robustness", "sanity")])
+@pytest.mark.parametrize("name", [name for name, m in MEASURES.items() if m.family in ("robustness", "sanity")])
 def test_a_target_that_is_no_class(untrained: Any, name: str) -> None:
     with pytest.raises(ValueError) as error:
         evaluate(of(*untrained, target=torch.full((6,), 10)), [name])
@@ -347,7 +353,7 @@ def test_a_table_is_tidy_and_says_what_is_undefined() -> None:
         ["none", "gini", None, 3, 3],
         ["none", "auroc", None, 3, 3],
     ]
-    assert list(table(cases)["metric"]) == [n for n, m in METRICS.items() if set(m.needs) <= {"mask"}] * 2
+    assert list(table(cases)["metric"]) == [n for n in MEASURES if set(needs(n)) <= {"mask"}] * 2
     assert list(table({}).columns) == list(result.columns) and len(table({})) == 0
 
 
@@ -363,3 +369,83 @@ def test_nothing_is_changed(untrained: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
     model.eval()
+
+
+# --- measures from outside ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outside() -> Iterator[None]:
+    """Whatever a test enters is gone after it."""
+    before = [(register, dict(register)) for register in (MEASURES, QUANTITIES)]
+    yield
+    for register, entries in before:
+        for name in [name for name in register if name not in entries]:
+            del register[name]
+
+
+def test_a_measure_from_outside_is_a_measure(outside: None) -> None:
+    made: list[int] = []
+
+    @quantity("low", "high")
+    def ends(images: Tensor, samples: int) -> dict[str, Tensor]:
+        made.append(samples)
+        return {"low": images.flatten(1).amin(1), "high": images.flatten(1).amax(1)}
+
+    @measure("mine", better="higher", low=0)
+    def mine(saliency: Tensor, images: Tensor, power: float = 2.0, seed: int = 9, mask: Any = None) -> Tensor:
+        assert (power, seed) == (2.0, 4)
+        return saliency.double().sum((1, 2)) + (0 if mask is None else 100)
+
+    @measure("span", better="lower", name="range", family="sharpness")
+    def span(low: Tensor, high: Tensor) -> Tensor:
+        return (high - low).double()
+
+    entry = MEASURES["mine"]
+    assert (entry.heading, entry.family, entry.low, entry.high) == ("mine ↑", "test_case", 0, math.inf)
+    assert (MEASURES["range"].title, MEASURES["range"].family) == ("span", "sharpness")
+    assert (needs("mine"), needs("range")) == (("images",), ("images",))
+    images = torch.rand(2, 1, 4, 4)
+    case = Case(attribution=-MAPS, images=images, seed=4)
+    assert {"mine", "range"} <= set(available(case)) and not {"mine", "range"} & set(available(Case(attribution=MAPS)))
+    values = evaluate(case)
+    close(values["mine"], MAPS.double().sum((1, 2)))
+    close(values["range"], (images.amax((1, 2, 3)) - images.amin((1, 2, 3))).double())
+    assert made == [10]  # once for both of its parts
+    close(evaluate(replace(case, mask=MAPS > 0.5), ["mine"])["mine"], values["mine"] + 100)
+    assert list(table({"a": case}, ["mine"])["metric"]) == ["mine"] and "mine" in set(table({"a": case})["metric"])
+    with pytest.raises(ValueError) as error:
+        evaluate(Case(attribution=MAPS), ["range"])
+    assert str(error.value) == "measure 'range' needs images, which this case does not have"
+
+
+def test_what_no_case_has_is_named(outside: None) -> None:
+    @measure("mine", better="higher")
+    def mine(salliency: Tensor) -> Tensor:
+        return salliency
+
+    for call in (available, evaluate):
+        with pytest.raises(ValueError, match=r"^measure 'mine' asks for 'salliency'; it can have: attribution, mask, "):
+            call(Case(attribution=MAPS))
+    with pytest.raises(ValueError, match=r"^unknown quantity 'salliency'; known: saliency, "):
+        Case(attribution=MAPS)["salliency"]
+
+
+def test_what_cannot_be_entered(outside: None) -> None:
+    with pytest.raises(ValueError, match="^better must be 'higher' or 'lower', got 'more'$"):
+        measure("mine", better="more")
+    with pytest.raises(ValueError, match="^measure 'gini' is there already"):
+        measure("mine", better="higher", name="gini")(lambda saliency: saliency)
+
+
+def test_quantities_of_a_case(case: Case) -> None:
+    close(case["saliency"], pixel_score(case.attribution))
+    assert case["curves"]["most"] is case["most"] and torch.equal(case["least"], case["back"].flip(1))
+    assert case["generator"] is not case["generator"] and case["generator"].initial_seed() == 4
+    assert case["noise"] == case["radius"] == 0.1
+    assert case.images is not None and (case["adversarial"] - case.images).abs().amax() <= 0.1 + 1e-6
+
+
+def test_examples() -> None:
+    failed, tried = doctest.testmod(sdecor.measures.case)
+    assert failed == 0 < tried

@@ -1,0 +1,344 @@
+"""Every attribution method: on every model, in any company, with bad input, and the model as it was before."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import CHEAP, Counting, flags, images, linear, network
+from torch import Tensor, nn
+
+import sdecor.attribution
+from sdecor.attribution import ATTRIBUTIONS, attribute, attribution, superpixels
+from sdecor.models import build
+from sdecor.registers import MODELS
+from sdecor.saliency import logits_and_gradient
+
+NO_RULE = {("vit", "deeplift"), ("vit", "guided_backprop")}
+
+
+def test_docstrings() -> None:
+    assert doctest.testmod(sdecor.attribution).failed == 0
+
+
+@pytest.mark.parametrize("name", ATTRIBUTIONS)
+def test_every_method_says_what_it_is_and_what_its_options_mean(name: str) -> None:
+    entry = ATTRIBUTIONS[name]
+    assert entry.source.startswith(("arXiv:", "doi:"))
+    assert entry.title[0].isupper()
+    assert entry.about.endswith(".")
+    assert all(f"`{option}`" in entry.about for option in entry.options if option not in ("baseline", "segments"))
+    assert entry.parameters[:4] == ("model", "x", "y", "rows")
+    assert entry.checked({option: o.default for option, o in entry.options.items()}) == entry.checked({})
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
+def test_every_method_on_every_model(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    size = {"resnet18": 8, "vgg11_bn": 32}.get(name, 16)
+    model, x = build(name, 3, 4, size), images(2, size=size, dtype=torch.float32).requires_grad_()
+    before, state, kept = flags(model), torch.get_rng_state(), x.detach().clone()
+    if (name, method) in NO_RULE:
+        with pytest.raises(ValueError, match=f"^{method} needs"):
+            attribute(model, x, method=method)
+    else:
+        result = attribute(model, x, method=method, **CHEAP.get(method, {}))
+        assert result.shape == (x.shape if ATTRIBUTIONS[method].per_channel else (2, size, size))
+        assert result.dtype == x.dtype
+        assert not result.requires_grad
+        assert result.isfinite().all()
+        assert (result.flatten(1).abs().amax(1) > 0).all()
+    assert flags(model) == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert torch.equal(x.detach(), kept)
+    assert x.requires_grad
+    assert x.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["lenet", "cnn_bn"])
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
+def test_neither_company_nor_order_nor_chunks_matter(name: str, method: str) -> None:
+    model, x = network(name), images(5)
+    options = CHEAP.get(method, {}) | (
+        {"baseline": x.flip(0) / 3} if method in ("rise", "guided_ig", "deeplift") else {}
+    )
+    together = attribute(model, x, method=method, **options)
+    order = torch.tensor([3, 0, 4])
+    options = {k: v[order] if isinstance(v, Tensor) else v for k, v in options.items()}
+    chunks = [attribute(model, x[order], method=method, batch_size=size, **options) for size in (1, 2, 7)]
+    # captum fits Kernel SHAP in single precision, with two weights of a million
+    close = {"rtol": 1e-3, "atol": 1e-5} if method == "kernel_shap" else {"rtol": 1e-5, "atol": 1e-8}
+    for part in chunks:
+        torch.testing.assert_close(part, together[order], **close)
+    assert not torch.allclose(together[0], together[1])
+
+
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
+def test_no_forward_pass_has_more_rows_than_asked_for(method: str) -> None:
+    model, rows = network(), []
+    model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    attribute(model, images(5), method=method, batch_size=2, **CHEAP.get(method, {}))
+    assert max(rows) <= 2
+    rows.clear()
+    attribute(model, images(3), method=method, batch_size=64, **CHEAP.get(method, {}))
+    if method in ("gradient", "absolute", "input_x_gradient", "gradcam"):
+        assert rows == [3]
+
+
+@pytest.mark.parametrize("method", ["smoothgrad", "rise", "kernel_shap", "shapley_sampling"])
+def test_the_seed_decides_and_the_draws_are_common_to_all_images(method: str) -> None:
+    model, x = network(), images(1).expand(3, -1, -1, -1)
+    first, again, other = (attribute(model, x, method=method, seed=s, **CHEAP[method]) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert torch.equal(first[0], first[2])
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
+def test_the_target_is_the_predicted_class_unless_given(method: str) -> None:
+    model, x = network(), images(2)
+    predicted, options = logits_and_gradient(model, x)[0].argmax(1), CHEAP.get(method, {})
+    assert torch.equal(attribute(model, x, method=method, **options), attribute(model, x, predicted, method, **options))
+    other = attribute(model, x, ((predicted + 1) % 5).to(torch.int16), method, **options)
+    assert not torch.allclose(other, attribute(model, x, predicted, method, **options))
+
+
+@pytest.mark.parametrize("method", ["gradient", "guided_ig", "deeplift", "guided_backprop", "gradcam", "occlusion"])
+def test_activations_in_place_are_switched_off_and_on_again(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ReLU(inplace=True),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(784, 3),
+    ).double()
+    x, options = images(2), CHEAP.get(method, {})
+    kept, inside = x.clone(), []
+    model.register_forward_hook(lambda *_: inside.append((model[0].inplace, model[3].inplace)))
+    result = attribute(model, x, method=method, **options)
+    assert torch.equal(x, kept)
+    assert set(inside) == {(False, False)}
+    assert model[0].inplace and model[3].inplace
+    model[0].inplace = model[3].inplace = False
+    assert torch.equal(attribute(model, x, method=method, **options), result)
+    assert not model[0].inplace and not model[3].inplace
+
+
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
+def test_everything_is_restored_when_the_model_raises(method: str) -> None:
+    model, state = Counting(), torch.get_rng_state()
+    model.head.bias.requires_grad_(False)
+    model.drop.eval()
+    model.inplace = model.broken = True
+    before = flags(model)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        attribute(model, torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), method=method)
+    assert flags(model) == before
+    assert model.inplace
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"x": torch.zeros(2, 6, 6)},
+            "x must be floating images (B, C, H, W), not empty; got torch.float32 of shape (2, 6, 6)",
+        ),
+        (
+            {"x": torch.zeros(2, 2, 6, 6, dtype=torch.uint8)},
+            "x must be floating images (B, C, H, W), not empty; got torch.uint8 of shape (2, 2, 6, 6)",
+        ),
+        (
+            {"x": torch.zeros(0, 2, 6, 6)},
+            "x must be floating images (B, C, H, W), not empty; got torch.float32 of shape (0, 2, 6, 6)",
+        ),
+        ({"x": torch.full((2, 2, 6, 6), math.nan)}, "x has NaN or infinity"),
+        ({"target": torch.tensor([0, 3])}, "target must lie in 0 to 2, got 3"),
+        ({"target": torch.tensor([-1, 0])}, "target must lie in 0 to 2, got -1"),
+        (
+            {"target": torch.tensor([0])},
+            "target must be class indices, integers of shape (2,); got torch.int64 of shape (1,)",
+        ),
+        (
+            {"target": torch.zeros(2)},
+            "target must be class indices, integers of shape (2,); got torch.float32 of shape (2,)",
+        ),
+        ({"model": nn.Identity()}, "model must return logits (B, K), it returned shape (2, 2, 6, 6)"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = {"model": linear().float(), "x": torch.randn(2, 2, 6, 6), "target": None} | change
+    for method in ("gradient", "integrated_gradients", "guided_ig"):
+        with pytest.raises(ValueError) as error:
+            attribute(**call, method=method)
+        slow = method == "integrated_gradients"  # one image at a time
+        assert str(error.value) == (
+            message.replace("shape (2, 2", "shape (1, 2") if slow and "model" in change else message
+        )
+    with pytest.raises(ValueError) as error:
+        logits_and_gradient(**call)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"method": "magic"}, f"unknown attribution 'magic'; known: {', '.join(ATTRIBUTIONS)}"),
+        ({"method": "gradient", "steps": 3}, "attribution 'gradient' has no option 'steps'; it has: none"),
+        (
+            {"method": "guided_ig", "samples": 3},
+            "attribution 'guided_ig' has no option 'samples'; it has: steps, fraction, max_dist, baseline",
+        ),
+        ({"method": "gradient", "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"method": "smoothgrad", "samples": 0}, "samples must be finite and at least 1, got 0"),
+        ({"method": "smoothgrad", "samples": 2.5}, "samples must be of type int, got 2.5 (float)"),
+        ({"method": "kernel_shap", "samples": True}, "samples must be of type int, got True (bool)"),
+        ({"method": "smoothgrad", "noise": -0.1}, "noise must be finite and at least 0, got -0.1"),
+        ({"method": "smoothgrad", "noise": math.nan}, "noise must be finite and at least 0, got nan"),
+        ({"method": "integrated_gradients", "steps": 0}, "steps must be finite and at least 1, got 0"),
+        ({"method": "guided_ig", "fraction": 2}, "fraction must be from 0 to 1, got 2.0"),
+        ({"method": "guided_ig", "max_dist": -1}, "max_dist must be from 0 to 1, got -1.0"),
+        ({"method": "rise", "keep": 0}, "keep must be from 0.001 to 1, got 0.0"),
+        ({"method": "rise", "grid": 0}, "grid must be finite and at least 1, got 0"),
+        ({"method": "gradcam", "layer": 3}, "layer must be of type str, got 3 (int)"),
+        ({"method": "occlusion", "window": 0}, "window must be finite and at least 1, got 0"),
+        ({"method": "occlusion", "stride": 1.5}, "stride must be of type int, got 1.5 (float)"),
+        ({"method": "occlusion", "window": 7}, "need 1 <= stride <= window <= 6, got window=7 and stride=3"),
+        ({"method": "occlusion", "stride": 2}, "need 1 <= stride <= window <= 6, got window=1 and stride=2"),
+        (
+            {"method": "rise", "baseline": torch.zeros(4)},
+            "baseline of shape (4,) cannot be broadcast to x, (2, 2, 6, 6)",
+        ),
+        ({"method": "rise", "baseline": math.inf}, "baseline has NaN or infinity"),
+        ({"method": "rise", "baseline": "grey"}, "baseline must be of type float or Tensor, got 'grey' (str)"),
+        ({"method": "feature_ablation", "segments": 1}, "segments must be finite and at least 2, got 1"),
+        ({"method": "feature_ablation", "segments": 2.5}, "segments must be of type int or Tensor, got 2.5 (float)"),
+        (
+            {"method": "feature_ablation", "segments": [1, 2]},
+            "segments must be integer labels of shape (2, 6, 6); got torch.int64 of shape (2,)",
+        ),
+        (
+            {"method": "kernel_shap", "segments": torch.zeros(2, 6, 5, dtype=torch.int64)},
+            "segments must be integer labels of shape (2, 6, 6); got torch.int64 of shape (2, 6, 5)",
+        ),
+        (
+            {"method": "feature_ablation", "segments": torch.zeros(2, 6, 6, dtype=torch.int64)},
+            "segments must have at least two regions in each image",
+        ),
+    ],
+)
+def test_bad_options(call: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        attribute(linear().float(), torch.randn(2, 2, 6, 6), **call)
+    assert str(error.value) == message
+
+
+@given(st.integers(1, 4), st.integers(6, 20), st.integers(6, 20), st.integers(2, 40))
+@settings(max_examples=15, deadline=None)
+def test_superpixels_are_labels_without_gaps(channels: int, height: int, width: int, segments: int) -> None:
+    x = torch.randn(2, channels, height, width)
+    labels = superpixels(x, segments)
+    assert labels.shape == (2, height, width)
+    assert labels.dtype == torch.int64
+    for one in labels:
+        assert torch.equal(one.unique(), torch.arange(int(one.max()) + 1))
+    assert torch.equal(superpixels(x.flip(0) * 3 - 1, segments), labels.flip(0))  # units do not matter
+
+
+def test_superpixels_follow_the_object() -> None:
+    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    disc = ((row - 15) ** 2 + (column - 17) ** 2 < 81).float()
+    for channels in (1, 3):
+        labels = superpixels(disc.expand(1, channels, 32, 32))[0]
+        assert 30 < int(labels.max()) < 80
+        share = torch.stack([disc[labels == k].mean() for k in range(int(labels.max()) + 1)])
+        mixed = torch.minimum(share, 1 - share)[labels]
+        squares = F.interpolate(F.avg_pool2d(disc[None, None], 4), (32, 32))[0, 0]
+        assert mixed.mean() < 0.6 * torch.minimum(squares, 1 - squares).mean()
+
+
+def test_a_compiled_model_and_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = network(), images(2)
+    plain = attribute(model, x, method="deeplift")
+    compiled = nn.Module()  # as torch.compile makes it, with hooks that the modules inside do not see
+    compiled._orig_mod = model
+    assert torch.equal(attribute(compiled, x, method="deeplift"), plain)
+    attribute(model, x, method="guided_ig", steps=1)
+    assert capsys.readouterr().err == ""  # not a terminal
+    attribute(model, x, method="guided_ig", steps=1, progress=True)
+    assert "Guided integrated gradients:" in capsys.readouterr().err
+
+
+def test_without_gradients_and_with_half_the_precision() -> None:
+    model, x = network(), images(2)
+    for method in ATTRIBUTIONS:
+        options = CHEAP.get(method, {})
+        exact = attribute(model, x, method=method, **options)
+        with torch.no_grad():
+            assert torch.equal(attribute(model, x, method=method, **options), exact)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
+def test_on_a_gpu(method: str) -> None:
+    model, x = network(), images(3)
+    expected = attribute(model, x, method=method, **CHEAP.get(method, {}))
+    state = torch.cuda.get_rng_state()
+    result = attribute(model.cuda(), x.cuda(), method=method, **CHEAP.get(method, {}))
+    assert result.device.type == "cuda"
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_method_of_ones_own(slow: bool) -> None:
+    sizes = []
+
+    @attribution("mine", slow=slow, predicts=False)
+    def mine(model: nn.Module, x: Tensor, y: Tensor, rows: int, *, power: float = 1.0, mask: Any = None) -> Tensor:
+        sizes.append(len(x))
+        return (x * y[:, None, None, None] * (1 if mask is None else mask)) ** power
+
+    try:
+        model, x = network(), images(3)
+        y = model.eval()(x).argmax(1)
+        expected = x * y[:, None, None, None]
+        assert torch.equal(attribute(model, x, method="mine"), expected)
+        assert sizes == ([1, 1, 1] if slow else [3])
+        mask = torch.rand(3, 1, 16, 16)  # a tensor has a row for each image
+        torch.testing.assert_close(
+            attribute(model, x, method="mine", power=2, mask=mask, batch_size=2), (expected * mask) ** 2
+        )
+        with pytest.raises(ValueError, match="attribution 'mine' has no option 'samples'; it has: power, mask"):
+            attribute(model, x, method="mine", samples=3)
+    finally:
+        del ATTRIBUTIONS["mine"]
+
+
+@pytest.mark.parametrize(
+    ("per_channel", "message"),
+    [
+        (True, "(B, C, H, W), or say per_channel=False; it gave (2, 16) for images (2, 3, 16, 16)"),
+        (False, "(B, H, W); it gave (2, 16) for images (2, 3, 16, 16)"),
+    ],
+)
+def test_a_method_whose_result_has_another_shape(per_channel: bool, message: str) -> None:
+    attribution("flat", per_channel=per_channel)(lambda model, x, y, rows: x[:, 0, 0])
+    try:
+        with pytest.raises(ValueError) as error:
+            attribute(network(), images(2), method="flat")
+        assert str(error.value) == f"attribution 'flat' must give {message}"
+    finally:
+        del ATTRIBUTIONS["flat"]

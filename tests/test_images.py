@@ -1,0 +1,189 @@
+"""Images in memory: normalization, batches, augmentation, object masks, and every bad tensor with its exact message."""
+
+from __future__ import annotations
+
+import doctest
+from dataclasses import replace
+
+import pytest
+import torch
+from pictures import exactly, generator, toy
+
+from sdecor import images
+from sdecor.data import ImageData, load
+from sdecor.images import augmented
+
+
+def test_the_examples_in_the_docstrings_run() -> None:
+    assert doctest.testmod(images).failed == 0
+
+
+def test_normalization_is_that_of_the_formula_and_is_undone() -> None:
+    d = toy()
+    x = d.normalized()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (d.mean, d.std))
+    torch.testing.assert_close(x, (d.images / 255 - mean) / std)
+    torch.testing.assert_close(d.denormalize(x), d.images / 255)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3))
+    assert torch.equal(d.normalized([3, 1]), x[[3, 1]])
+    assert torch.equal(d.normalized(slice(2, 4)), x[2:4])
+
+
+def test_constant_images_stay_finite() -> None:
+    assert ImageData.from_tensors(torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 1])).normalized().isfinite().all()
+
+
+def test_batches_cover_every_image_once_and_leave_the_data_alone() -> None:
+    d = toy()
+    before = d.images.clone()
+    parts = list(d.batches(4, shuffle=True, generator=generator(), augment=("crop", "flip", "cutout")))
+    assert [len(x) for x, _ in parts] == [4, 4, 2]
+    assert [len(x) for x, _ in d.batches(4, drop_last=True)] == [4, 4]
+    assert torch.equal(torch.cat([x for x, _ in d.batches(4)]), d.normalized())
+    shuffled = torch.cat([x for x, _ in d.batches(4, shuffle=True, generator=generator())])
+    assert sorted(shuffled.flatten(1).sum(1).tolist()) == sorted(d.normalized().flatten(1).sum(1).tolist())
+    assert torch.equal(d.images, before)
+
+
+@pytest.mark.parametrize("augment", [(), ("flip", "crop"), ("flip",), ("crop",), ("cutout",)])
+def test_one_generator_state_gives_one_set_of_bits(augment: tuple[str, ...]) -> None:
+    d = toy(50)
+    runs = [list(d.batches(16, shuffle=True, generator=generator(7), augment=augment)) for _ in range(2)]
+    for (a, b), (c, e) in zip(*runs, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, e)
+    other = next(d.batches(16, shuffle=True, generator=generator(8), augment=augment))
+    assert not torch.equal(other[0], runs[0][0][0])
+
+
+def test_augmented_images_are_flips_and_shifts_of_the_originals() -> None:
+    x = toy(40).images
+    for how, pads, flips in (("flip", (0,), (False, True)), ("crop", range(5), (False,))):
+        seen = set()
+        for original, new in zip(x, augmented(x, (how,), generator()), strict=True):
+            wide = torch.nn.functional.pad(original, (2, 2, 2, 2)) if how == "crop" else original
+            found = [
+                (i, j, f)
+                for i in pads
+                for j in pads
+                for f in flips
+                if torch.equal((wide.flip(-1) if f else wide)[:, i : i + 16, j : j + 16], new)
+            ]
+            assert len(found) == 1
+            seen.add(found[0])
+        assert len(seen) == (2 if how == "flip" else len(seen)) and len(seen) > 1
+
+
+def test_the_order_of_augmentations_is_not_that_of_their_names() -> None:
+    x = toy(30).images
+    both = augmented(x, ("crop", "flip"), generator())
+    assert torch.equal(both, augmented(x, ("flip", "crop"), generator()))
+    draws = generator()  # the flips are drawn first
+    flipped = torch.rand(30, 1, generator=draws)[:, 0] < 0.5
+    shifts = torch.randint(5, (2, 30, 1), generator=draws)[:, :, 0]
+    wide = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    for i, (down, right) in enumerate(shifts.T.tolist()):
+        # the columns of the flipped image are looked up before they are shifted
+        rows, columns = torch.arange(16) + down, torch.arange(16).flip(0) if flipped[i] else torch.arange(16)
+        assert torch.equal(both[i], wide[i][:, rows][:, :, columns + right])
+
+
+@pytest.mark.parametrize("size", [16, 9])
+def test_cutout_blackens_one_square_that_the_border_may_cut(size: int) -> None:
+    x = torch.full((400, 3, size, size), 200, dtype=torch.uint8)
+    black = augmented(x, ("cutout",), generator()) == 0
+    assert torch.equal(black.any(1), black.all(1)) and set(augmented(x, ("cutout",)).unique().tolist()) == {0, 200}
+    side, corners = size // 2, set()
+    for hole in black[:, 0]:
+        rows, columns = (hole.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+        assert hole.sum() == len(rows) * len(columns)  # a rectangle
+        for found in (rows, columns):
+            assert found == list(range(found[0], found[-1] + 1))
+            assert len(found) == side or (side // 2 <= len(found) < side and (found[0] == 0 or found[-1] == size - 1))
+        corners.add((rows[0], rows[-1]))
+    assert len(corners) == size  # any row may be the centre
+    assert torch.equal(black[:, 0], (augmented(x, ("cutout", "cutout"), generator()) == 0)[:, 0])
+
+
+def test_objects_are_masks_if_there_are_any_else_the_ink_of_digits() -> None:
+    digits, drawn = load("digits", limit=20), load("shapes", limit=20, samples=20)
+    assert isinstance(digits, ImageData) and isinstance(drawn, ImageData)
+    assert drawn.object_masks is drawn.masks is not None
+    assert digits.object_masks is not None and torch.equal(digits.object_masks, digits.images[:, 0] > 0)
+    kept = replace(digits, images=digits.images + 1, masks=digits.object_masks)
+    assert kept.object_masks is not None and torch.equal(kept.object_masks, digits.object_masks)
+    assert toy().object_masks is None
+
+
+def test_subsets_are_nested_and_keep_the_order() -> None:
+    d = load("shapes", split="val")
+    small, large = d.subset(20), d.subset(50)
+    assert isinstance(small, ImageData) and isinstance(large, ImageData) and isinstance(d, ImageData)
+    sums = [t.images.flatten(1).sum(1).tolist() for t in (small, large, d)]
+    assert len(small) == 20 and set(sums[0]) <= set(sums[1]) <= set(sums[2])
+    assert sums[1] == [s for s in sums[2] if s in sums[1]]
+    picked = d.subset([4, 2])
+    assert torch.equal(picked.labels, d.labels[[4, 2]])
+    assert picked.masks is not None and d.masks is not None and torch.equal(picked.masks, d.masks[[4, 2]])
+    limited = load("shapes", split="val", limit=50)
+    assert isinstance(limited, ImageData) and torch.equal(large.images, limited.images)
+
+
+def test_a_users_tensors_share_the_training_splits_scale() -> None:
+    train = toy()
+    val = ImageData.from_tensors(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), train=train, split="val")
+    assert (val.mean, val.std, val.classes) == (train.mean, train.std, train.classes)
+    assert (len(val), val.channels, val.image_size, val.num_classes, val.split) == (4, 3, 16, 5, "val")
+    assert val.to("cpu").device == torch.device("cpu")
+
+
+def test_images_and_masks_are_brought_to_a_size_before_they_are_measured() -> None:
+    x, masks = torch.rand(4, 1, 8, 8), torch.zeros(4, 8, 8, dtype=torch.bool)
+    masks[:, 2:4, 2:4] = True
+    d = ImageData.from_tensors(x, torch.arange(4), masks=masks, image_size=16)
+    assert d.image_size == 16 and d.mean == images.moments(d.images)[0]
+    assert d.masks is not None and torch.equal(d.masks[:, 1::2, ::2], masks) and d.masks.dtype == torch.bool
+
+
+def bad(value: float, at: int) -> torch.Tensor:
+    x = torch.full((10, 1, 4, 4), 0.25)
+    x[at, 0, 0, :3] = value
+    return x
+
+
+DIGITS = tuple("0123456789")
+GOOD = torch.zeros(10, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (
+            bad(float("nan"), 7),
+            torch.zeros(10),
+            "images hold 3 non-finite values (first at index 7); clean them before training",
+        ),
+        (
+            bad(float("-inf"), 0),
+            torch.zeros(10),
+            "images hold 3 non-finite values (first at index 0); clean them before training",
+        ),
+        (bad(2.0, 1), torch.zeros(10), "float images must lie in [0, 1], got 0.25 to 2; rescale or pass uint8"),
+        (GOOD, torch.tensor([0, 1, 2, 3, 12, 1, 1, 1, 1, -1]), "labels must lie in 0..9, got 12 at index 4"),
+        (GOOD, torch.tensor([0] * 9 + [-1]), "labels must lie in 0..9, got -1 at index 9"),
+        (GOOD, torch.zeros(9), "10 images need labels of shape (10,), got (9,)"),
+        (GOOD.int(), torch.zeros(10), "images must be uint8 or float, got torch.int32"),
+        (GOOD[0], torch.zeros(1), "images must have shape (N, C, H, W) with N > 0 and H = W, got (1, 4, 4)"),
+        (GOOD[:0], torch.zeros(0), "images must have shape (N, C, H, W) with N > 0 and H = W, got (0, 1, 4, 4)"),
+    ],
+)
+def test_bad_tensors_are_named(pixels: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        ImageData.from_tensors(pixels, labels, classes=DIGITS)
+
+
+def test_bad_batches_are_named() -> None:
+    with pytest.raises(ValueError, match=exactly("batch_size must be at least 1, got 0")):
+        list(toy().batches(0))
+    with pytest.raises(ValueError, match=exactly("unknown augmentation 'spin'; known: crop, flip, cutout")):
+        list(toy().batches(4, augment=("spin",)))
