@@ -242,8 +242,9 @@ def list_registers(kind: str, name: str) -> None:
     click.echo(f"{entry.name}: {entry.title}\n\n{entry.about}")
     for option in entry.options.values():
         click.echo(f"  {option.name}={option.default!r}")
-    if entry.source:
-        click.echo(f"\nSource: {entry.source}")
+    for field in ("source", "licence", "cite"):
+        if said := getattr(entry, field, ""):
+            click.echo(f"{field}: {said}")
 
 
 @app.group()

@@ -1,4 +1,9 @@
-"""Measures of trained models: what the experiment chapters report of one, every attribution by every measure, maps."""
+"""Measures of trained models: what the experiment chapters report of one, every attribution by every measure, maps.
+
+`model` is a trained classifier, whose mode and flags are restored, `data` are held-out images, `device` is where to
+compute: ``cpu``, ``cuda`` or ``auto``; `root` is the data root (see `sdecor.data.load`). The class explained is the
+predicted one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,8 +28,8 @@ from sdecor.config import Run
 from sdecor.images import ImageData, ImageStream
 from sdecor.masking import replacement
 from sdecor.measures import representation, robustness, sanity
-from sdecor.measures.case import RECOMMENDED, Case, Explanation, available, evaluate, needs, table
-from sdecor.measures.faithfulness import masked_accuracy
+from sdecor.measures.case import RECOMMENDED, Case, available, evaluate, needs, table
+from sdecor.measures.faithfulness import perturbation_curve
 from sdecor.measures.localization import chance_level
 from sdecor.models import default_layers
 from sdecor.objective import capture
@@ -49,19 +56,13 @@ _FEATURES = {
 
 
 def gradient_histogram(gradient: Tensor, bins: int = BINS) -> Tensor:
-    """Histogram of gradient values, each image's divided by its own largest magnitude.
+    """Counts ``(bins,)`` of gradient values, each image's divided by its own largest magnitude, in bins on [-1, 1].
 
-    Args:
-        gradient: ``(B, C, H, W)``.
-        bins: Equal bins on [-1, 1].
-
-    Returns:
-        Counts ``(bins,)``; images with an all-zero gradient are left out.
+    The gradient is ``(B, C, H, W)``; images where it is zero everywhere are left out.
     """
     flat = gradient.flatten(1)
     peak = flat.abs().amax(1, keepdim=True)
-    scaled = (flat / peak)[peak.squeeze(1) > 0]
-    return torch.histc(scaled.float().cpu(), bins=bins, min=-1, max=1)
+    return torch.histc((flat / peak)[peak[:, 0] > 0].float().cpu(), bins=bins, min=-1, max=1)
 
 
 def measure(
@@ -78,7 +79,7 @@ def measure(
     """Accuracy, and what the measures say of the gradient of the predicted class and of the features.
 
     Args:
-        model: Trained classifier; its mode and flags are restored.
+        model: Trained classifier.
         data: Held-out images.
         layers: Layers whose features are described; empty takes `sdecor.models.default_layers`.
         device: Where to compute.
@@ -91,68 +92,58 @@ def measure(
     Returns:
         ``metrics``, means over images (a measure that is undefined on these images is absent), and ``curves``: accuracy
         at each of `FRACTIONS` masked, by fill and order, and the histogram of gradient values.
-
-    Raises:
-        ValueError: If a measure is unknown, or the model's gradient has NaN or infinity.
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
     names, data = layers or default_layers(model), data.to(device)
-    model.to(device)
     per_image: dict[str, list[Tensor]] = defaultdict(list)
     curves: dict[str, list[Tensor]] = defaultdict(list)
     statistics = {name: representation.Covariance() for name in names}
     histogram = torch.zeros(BINS, dtype=torch.float64)
     generator = torch.Generator(device).manual_seed(seed)
-    black = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)], device=device)
-    with capture(model, names) as features:
-        for case, y, right in _explained(model, data, batch_size, seed):
+    how: dict[str, Any] = {"fractions": FRACTIONS, "output": "correct", "own_order": True, "generator": generator}
+    black = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)], device=device).view(1, -1, 1, 1)
+    with capture(model.to(device), names) as features:
+        for case, y in _explained(model, data, batch_size, seed):
             for name, z in features.items():
-                statistics[name].update(z.detach())
-            per_image["accuracy"].append(right)
-            for name, values in evaluate(case, [n for n in available(case) if n in of_map]).items():
-                per_image[name].append(values)
+                statistics[name].update(z)
+            x, values = case["images"], {"accuracy": case["target"] == y}
+            values |= evaluate(case, [name for name in available(case) if name in of_map])
             if case.mask is not None:
-                per_image["object_area"].append(chance_level(case.mask))
+                values["object_area"] = chance_level(case.mask)
+            for name, value in values.items():
+                per_image[name].append(value)
             histogram += gradient_histogram(case.attribution)
-            x, score = case["images"], case["saliency"]
             for fill in FILLS if thorough else ():
-                new = black.view(1, -1, 1, 1) if fill == "constant" else replacement(x, fill, generator=generator)
+                new = black if fill == "constant" else replacement(x, fill, generator=generator)
                 for order in ("most", "random"):
-                    kept = masked_accuracy(model, x, y, score, FRACTIONS, new, order=order, generator=generator)
+                    kept = perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
                     curves[f"masked_{fill}_{order}"].append(kept)
-    for case, _, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
-        for name, values in evaluate(case, rest).items():
-            per_image[name].append(values)
-    joined = {name: torch.cat(values).double() for name, values in per_image.items()}
-    means = {name: float(v.nanmean()) for name, v in joined.items() if not bool(v.isnan().all())}
-    for name, s in statistics.items():
-        described = {f"{kind}_{name}": float(function(s)) for kind, function in _FEATURES.items()}
-        means |= {key: value for key, value in described.items() if math.isfinite(value)}
-    out = {name: torch.cat(parts, 1).double().mean(1).tolist() for name, parts in curves.items()}
+    for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
+        for name, value in evaluate(case, rest).items():
+            per_image[name].append(value)
+    means = {name: float(torch.cat(parts).double().nanmean()) for name, parts in per_image.items()}
+    of = {f"{k}_{name}": float(function(s)) for name, s in statistics.items() for k, function in _FEATURES.items()}
+    out = {name: torch.cat(parts).mean(0).tolist() for name, parts in curves.items()}
     out["gradient_histogram"] = (histogram / histogram.sum().clamp_min(1)).tolist()
-    return means, out
+    defined = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    return defined | {name: value for name, value in of.items() if math.isfinite(value)}, out
 
 
 def _explained(
     model: nn.Module, data: ImageData | ImageStream, batch_size: int, seed: int
-) -> Iterator[tuple[Case, Tensor, Tensor]]:
-    """The gradient maps of the predicted class, batch by batch, with the labels and where the prediction is right."""
-    masks, start = data.object_masks, 0
-    for x, y in data.batches(batch_size):
+) -> Iterator[tuple[Case, Tensor]]:
+    """The gradient maps of the predicted class, batch by batch, with the labels."""
+    masks = data.object_masks
+    parts = repeat(None) if masks is None else masks.split(batch_size)
+    for (x, y), mask in zip(data.batches(batch_size), parts, strict=False):
         logits, gradient = logits_and_gradient(model, x)
-        case = Case(
-            attribution=gradient,
-            mask=None if masks is None else masks[start : start + len(x)],
-            model=model,
-            images=x,
-            target=logits.argmax(1),
-            explain=lambda net, images, target: logits_and_gradient(net, images, target)[1],
-            batch_size=batch_size,
-            seed=seed,
-        )
-        yield case, y, (logits.argmax(1) == y).double()
-        start += len(x)
+        known: dict[str, Any] = {"model": model, "images": x, "target": logits.argmax(1), "explain": _gradient}
+        yield Case(attribution=gradient, mask=mask, batch_size=batch_size, seed=seed, **known), y
+
+
+def _gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    return logits_and_gradient(model, images, target)[1]
 
 
 def exhibit(
@@ -160,16 +151,10 @@ def exhibit(
 ) -> dict[str, Tensor]:
     """Maps of a few images, small enough to keep, for figures.
 
-    Args:
-        model: Trained classifier; its mode and flags are restored.
-        data: Held-out images.
-        images: At most so many, the first of each of the first classes; fewer where the maps would exceed `BYTES`.
-        device: Where to compute.
-
-    Returns:
-        ``index`` of these images in `data`, int64 ``(n,)``, in the order of their classes; ``saliency``, the magnitude
-        of the gradient of the predicted class, each map divided by its maximum, float16 ``(n, H, W)``; and
-        ``predicted`` classes, int64 ``(n,)``.
+    At most so many `images` are taken, the first of each of the first classes; fewer where the maps would exceed
+    `BYTES`. Given are their ``index`` in `data`, int64 ``(n,)``, in the order of their classes; ``saliency``, the
+    magnitude of the gradient of the predicted class, each map divided by its maximum, float16 ``(n, H, W)``; and
+    ``predicted`` classes, int64 ``(n,)``.
     """
     count, labels = min(images, max(1, BYTES // (2 * data.image_size**2))), data.labels.cpu()
     index = torch.tensor([int((labels == c).nonzero()[0]) for c in labels.unique()[:count]])
@@ -190,22 +175,12 @@ def tabulate(
     root: str | os.PathLike[str] | None = None,
     device: str = "cpu",
 ) -> pd.DataFrame:
-    """Every attribution, and the controls that it should not lose against, by every measure.
+    """Every attribution of a finished run, and the controls that it should not lose against, by every measure.
 
-    What was computed is kept in the store, attribution by attribution: a killed call goes on where it was, and one for
-    another number of images starts over. The class explained is the predicted one. Measures that need noise draw it
-    `SAMPLES` times.
-
-    Args:
-        run: A finished run.
-        store: Where its record, weights and table lie.
-        attributions: Names of attributions; None takes all.
-        images: How many held-out images, the same ones for all runs on the same data.
-        root: Data root (see `sdecor.data.load`).
-        device: ``cpu``, ``cuda`` or ``auto``.
-
-    Returns:
-        As `sdecor.measures.case.table`, rows of `attributions` and of `sdecor.measures.sanity.controls`.
+    It is a `sdecor.measures.case.table` of `attributions`, or of all, and of `sdecor.measures.sanity.controls`, on so
+    many held-out `images`, the same ones for all runs on the same data. What was computed is kept in the store,
+    attribution by attribution: a killed call goes on where it was, and one for another number of images starts over.
+    Measures that need noise draw it `SAMPLES` times.
 
     Raises:
         ValueError: If an attribution is unknown or wrong for the model, or there are too few images or streamed ones.
@@ -219,8 +194,7 @@ def tabulate(
         for name, case in _cases(run, store, todo, images, root, device):
             new = table({name: case})
             done = pd.concat([done, new], ignore_index=True) if len(done) else new
-            text = done.to_csv(index=False, float_format="%.6g").encode()
-            replace_atomically(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+            replace_atomically(path, partial(done.to_csv, index=False, float_format="%.6g", mode="wb"))
         done = _read(path, images)  # as the file has it, so that a value does not depend on when it was computed
     return done[done["attribution"].isin([*names, *CONTROLS])].reset_index(drop=True)
 
@@ -255,31 +229,19 @@ def _cases(
     data = data.subset(images).to(device_of(device))
     model, x, mask = store.model(run).to(data.device), data.normalized(), data.object_masks
     target = logits_and_gradient(model, x)[0].argmax(1)
-    adversarial = robustness.attack(model, x, target, epsilon=Case.radius)
+    known: dict[str, Any] = {"mask": mask, "model": model, "images": x, "target": target, "samples": SAMPLES}
+    known["adversarial"] = robustness.attack(model, x, target, epsilon=Case.radius)
     for name in names:
-        explain: Explanation | None = None
         if name != CONTROLS[0]:
-            explain = partial(_attribution if name in ATTRIBUTIONS else _control, name)
-        elif mask is None:
-            continue
-        case = Case(
-            attribution=sanity.controls(x, mask)[name] if explain is None else explain(model, x, target),
-            mask=mask,
-            model=model,
-            images=x,
-            target=target,
-            explain=explain,
-            adversarial=adversarial,
-            samples=SAMPLES,
-        )
-        yield name, case
+            explain = partial(_maps, name)
+            yield name, Case(attribution=explain(model, x, target), explain=explain, **known)
+        elif mask is not None:
+            yield name, Case(attribution=sanity.controls(x, mask)[name], **known)
 
 
-def _attribution(name: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    return attribute(model, images, target, name, batch_size=256, progress=False)
-
-
-def _control(name: str, _model: nn.Module, images: Tensor, _target: Tensor) -> Tensor:
+def _maps(name: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    if name in ATTRIBUTIONS:
+        return attribute(model, images, target, name, batch_size=256, progress=False)
     return sanity.controls(images)[name]
 
 
@@ -287,11 +249,8 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
     """Measure a finished run with the measures of today and put them into its record, and its exhibit beside it.
 
     The description, the weights and the course of training stay; the record then says when, where and with which
-    version it was measured.
-
-    Raises:
-        FileNotFoundError: If the run has no record or no weights here.
-        ValueError: If the weights are not those of the record.
+    version it was measured. Without a record or weights here FileNotFoundError is raised, and ValueError if the weights
+    are not those of the record.
     """
     with locked(store.checkpoint(run).with_suffix(".lock")):
         data = data_of(run, store, run.evaluate_on, root=root, device=device)

@@ -34,17 +34,10 @@ def execute(
     progress: bool | None = None,
     wait: bool = True,
 ) -> Record | None:
-    """Do `run` unless its record is there; continue it if it was interrupted.
+    """Do `run` unless its record is in `store`; continue it if it was interrupted.
 
-    Args:
-        run: What to do.
-        store: Where records and weights go.
-        root: Data root (see `sdecor.data.load`).
-        device: ``cpu``, ``cuda`` or ``auto``.
-        amp: bfloat16 autocast.
-        compiled: Run the model through ``torch.compile``.
-        progress: Show a bar; None shows it on a terminal only.
-        wait: Wait for another process that is at the same run.
+    `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled` and `progress` are those of
+    `sdecor.training.fit`.
 
     Returns:
         The record; None only if another process is at it and `wait` is off.
@@ -115,18 +108,9 @@ def grid(
     """Do all `runs`, those already recorded excepted, and return the records in the same order.
 
     Processes share the work by the locks of the store alone, so a second `grid` on the same store, from another shell
-    or another machine with the same disk, simply helps. Where there are several GPUs, workers take them in turn.
-
-    Args:
-        runs: What to do.
-        store: Where records and weights go.
-        workers: Processes.
-        threads: CPU threads of each; None keeps torch's number for one worker and takes 1 for several. The same number
-            gives the same bits.
-        settings: Handed to `execute`.
-
-    Raises:
-        ChildProcessError: If a worker failed.
+    or another machine with the same disk, simply helps. Where there are several GPUs, workers take them in turn. Each
+    has so many CPU `threads`; None keeps torch's number for one worker and takes 1 for several. The same number gives
+    the same bits. `settings` go to `execute`. If a worker fails, ChildProcessError says so.
     """
     todo = list(runs)
     if workers > 1:

@@ -249,6 +249,11 @@ class Register(MutableMapping[str, T], Generic[T]):
                 raise
 
     def __setitem__(self, name: str, entry: T) -> None:
+        if self.home not in sys.modules:  # so that what is entered from outside comes after what is there
+            importlib.import_module(self.home)
+        if entry.function is Entry.function:  # of a method: it has none, and belongs to the module that enters it
+            function = types.FunctionType(Entry.function.__code__, {"__name__": sys._getframe(1).f_globals["__name__"]})
+            entry = replace(entry, function=function)
         new, old = replace(entry, name=name, kind=self.kind), self._entries.get(name)
         # a module or a cell that runs again may replace what it entered itself, and nothing else
         elsewhere = old is not None and old.function.__module__ != new.function.__module__
@@ -299,7 +304,11 @@ def use(*names: str) -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[alias] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[alias]  # else it would count as used, next time
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,18 +42,10 @@ _ENDS = ("mean", "low", "high")
 
 
 def frame(records: Iterable[Record], extra: Mapping[str, Callable[[Record], float]] | None = None) -> pd.DataFrame:
-    """A row for every record and measure; a run that comes twice counts once.
+    """A row for every record and measure, also `extra` ones, functions of a record; a run that comes twice counts once.
 
-    Args:
-        records: Of any runs.
-        extra: Further measures by name, as functions of a record.
-
-    Returns:
-        Columns ``arm`` (see `arms`), every setting that one of the runs has (NaN where another lacks it), ``seed``,
-        ``measure`` and ``value``.
-
-    Raises:
-        ValueError: If there are no records.
+    Columns are ``arm`` (see `arms`), every setting that one of the runs has (NaN where another lacks it), ``seed``,
+    ``measure`` and ``value``.
     """
     rows = []
     for record in {r.run: r for r in records}.values():
@@ -115,11 +107,7 @@ def _text(value: Any) -> str:
 
 
 def curves(records: Iterable[Record], name: str, factor: float = 1.0) -> dict[str, list[list[float]]]:
-    """Method to its curves of that name, one a seed, for `sdecor.plotting.bands`; methods without are left out.
-
-    Raises:
-        ValueError: If no record has such a curve, or the runs of a method differ in more than the seed.
-    """
+    """Method to its curves of that name, one a seed, for `sdecor.plotting.bands`; methods without are left out."""
     out: dict[str, dict[Any, list[float]]] = {}
     kinds: dict[str, set[Any]] = {}
     rs = list(records)
@@ -153,11 +141,7 @@ def _column(name: str) -> tuple[str, float, int]:
 
 
 def _wide(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Values of a measure, NaN where it is undefined: a row a seed, a column an arm.
-
-    Raises:
-        ValueError: If an arm has two values for one seed.
-    """
+    """Values of a measure, NaN where it is undefined: a row a seed, a column an arm."""
     part = frame[frame["measure"] == measure]
     if len(twice := part[part.duplicated(["arm", "seed"])]):
         row = twice.iloc[0]
@@ -210,11 +194,7 @@ def overview(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _arm(frame: pd.DataFrame, name: str) -> str:
-    """The arm of that name, or the only arm of that method.
-
-    Raises:
-        ValueError: If there is none, or several.
-    """
+    """The arm of that name, or the only arm of that method."""
     known = list(frame["arm"].unique())
     found = [name] if name in known else list(frame.loc[frame["method"] == name, "arm"].unique())
     if len(found) != 1:
@@ -231,12 +211,7 @@ def _names(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def pairs(frame: pd.DataFrame, reference: str = "standard") -> dict[str, tuple[str, str]]:
-    """Every other arm with the reference, for `differences`; the names are those of `glue_values`.
-
-    Args:
-        frame: See `frame`.
-        reference: An arm, or a method that has one arm.
-    """
+    """Every other arm with the reference (an arm, or a method that has one), named as in `glue_values`."""
     against = _arm(frame, reference)
     return {name: (arm, against) for arm, name in _names(frame).items() if arm != against}
 
@@ -248,17 +223,15 @@ def differences(
 
     Args:
         frame: See `frame`.
-        against: The reference that all other arms are compared with; or name to (arm, reference), as `pairs` gives it.
-            Both may be named by a method that has one arm.
-        measures: Names; keys of `columns` will do.
-        family: Column whose values name the families of tests for Holm's correction, such as ``arm``; by default all
+        against: The reference of all other arms; or name to (arm, reference), as `pairs` gives it.
+        measures: Names.
+        family: Column that tells the families of tests for Holm's correction apart, such as ``arm``; by default all
             rows are one family.
 
     Returns:
-        A row for every pair and measure: ``name`` (of the pair), ``arm``, ``reference``, ``method`` (of the arm),
-        ``measure``, ``n`` (pairs of seeds where both are defined), ``seeds`` (that both arms have), ``mean``, ``low``,
-        ``high``, ``p``, and ``p_holm``, adjusted within the family. What a single pair of seeds cannot tell is NaN, as
-        is everything where there is none.
+        A row for every pair and measure: ``name`` (of the pair), ``arm``, ``reference``, ``method``, ``measure``, ``n``
+        (pairs of seeds where both are defined), ``seeds`` (that both arms have), ``mean``, ``low``, ``high``, ``p`` and
+        ``p_holm``; NaN where seeds are too few.
     """
     asked = pairs(frame, against) if isinstance(against, str) else against
     known = {name: (_arm(frame, arm), _arm(frame, reference)) for name, (arm, reference) in asked.items()}
@@ -313,15 +286,8 @@ def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> F
     """Dots and 95 % intervals of paired differences: a panel a measure, a row an arm, in its method's colour.
 
     A dot is filled where the adjusted p-value is below 0.05, and hollow where it is not, or there is none. Below a
-    panel stands what has no value there, or fewer pairs of seeds than there are.
-
-    Args:
-        differences: See `differences`.
-        panels: Measures, as in `table`; an arrow to the better direction is added where the registers know it.
-        per_row: Panels side by side; two can be read on a phone.
-
-    Returns:
-        The figure.
+    panel stands what has no value there, or fewer pairs of seeds than there are. Two panels side by side can be read
+    on a phone.
     """
     import matplotlib.pyplot as plt
 
@@ -410,11 +376,8 @@ def _factor(measure: str, columns: Columns) -> float:
 def glue_values(frame: pd.DataFrame, columns: Columns = ()) -> None:
     """Bind mean and standard deviation over seeds of every measure: ``NAME_MEASURE_value`` and ``_sd``.
 
-    NAME is the method's, or the arm's with dashes for spaces where several share a method.
-
-    Args:
-        frame: See `frame`; what is undefined is left unbound, such as the spread of a single seed.
-        columns: Factors; those not named have 1, and ``accuracy`` 100.
+    NAME is the method's, or the arm's with dashes for spaces where several share a method. `columns` give the factors;
+    what is undefined is left unbound, such as the spread of a single seed.
     """
     names = _names(frame)
     for measure in frame["measure"].unique():
@@ -426,12 +389,7 @@ def glue_values(frame: pd.DataFrame, columns: Columns = ()) -> None:
 
 
 def glue_differences(differences: pd.DataFrame, columns: Columns = ()) -> None:
-    """Bind every difference, its interval and its adjusted p-value: ``NAME_MEASURE_mean``, ``_low``, ``_high``, ``_p``.
-
-    Args:
-        differences: See `differences`; what is undefined is left unbound.
-        columns: Factors, as in `glue_values`.
-    """
+    """Bind differences, intervals and adjusted p-values: ``NAME_MEASURE_mean``, ``_low``, ``_high`` and ``_p``."""
     for row in differences.to_dict("records"):
         factor = _factor(row["measure"], columns)
         for part, number in {**{end: factor * row[end] for end in _ENDS}, "p": row["p_holm"]}.items():

@@ -60,11 +60,13 @@ def unchanged(entry: Entry, *inputs: Tensor, model: nn.Module | None = None) -> 
     parts = [] if model is None else list(model.modules())
     modes, state = [] if model is None else flags(model), [*inputs, *(model.state_dict().values() if model else ())]
     copies, draws = [t.detach().clone() for t in state], torch.get_rng_state()
+    asked = [t.requires_grad for t in inputs]
     yield
     same(entry, torch.get_rng_state(), draws, "torch's global random state stays as it is")
     for now, before in zip(state, copies, strict=True):
         same(entry, now.detach(), before, "neither inputs nor the model's numbers are changed")
-    keeps(entry, all(t.grad is None for t in inputs), "no gradient is left at an input")
+    clean = all(t.grad is None for t in inputs) and [t.requires_grad for t in inputs] == asked
+    keeps(entry, clean, "no gradient is left at an input")
     keeps(entry, torch.is_grad_enabled(), "gradients stay switched on")
     keeps(entry, model is None or flags(model) == modes, "modes and flags of the model are restored")
     left = [m for m in parts if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]

@@ -10,7 +10,7 @@ import torch
 from contracts import check, check_register
 from contracts_of_maps import attribution_is_the_same_on_a_gpu, attribution_works_on
 from networks import CHEAP, images
-from promises import CHECKS
+from promises import CHECKS, unchanged
 from torch import Tensor, nn
 
 from sdecor import decorrelation
@@ -64,7 +64,7 @@ def test_every_attribution_on_the_other_models(name: str, method: str) -> None:
     size = {"resnet18": 8, "vgg11_bn": 32}.get(name, 16)
     model, x = build(name, 3, 4, size), images(2, size=size, dtype=torch.float32)
     if (name, method) in NO_RULE:
-        with pytest.raises(ValueError, match=f"^{method} needs"):
+        with unchanged(ATTRIBUTIONS[method], x, model=model), pytest.raises(ValueError, match=f"^{method} needs"):
             attribute(model, x, method=method)
     else:
         attribution_works_on(ATTRIBUTIONS[method], model, x, **CHEAP.get(method, {}))

@@ -119,7 +119,7 @@ def test_final_runs_have_accuracy_curves(tmp_path: Path) -> None:
         (lambda t: "", "JSONDecodeError: "),
         (lambda t: "[]", "TypeError: "),
         (lambda t: "{}", "KeyError: 'run'"),
-        (lambda t: json.dumps({"run": []}), "AttributeError: "),
+        (lambda t: json.dumps({"run": []}), "TypeError: "),
         (lambda t: json.dumps({**json.loads(t), "metrics": None}), "AttributeError: "),
         (lambda t: json.dumps({**json.loads(t), "more": 1}), "TypeError: "),
         (lambda t: t.replace('"seed": 0', '"seed": 1'), "it describes another run"),

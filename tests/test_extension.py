@@ -150,25 +150,17 @@ WRONG = {
     "attributions": ("--removed 0.5 --removed-by power", "unknown removed_by 'power'; known: "),
     "datasets": ("--data-options contrast=2", "contrast must be from 0 to 0.75, got 2.0"),
     "models": ("--model-options hidden=0", "hidden must be at least 1, got 0"),
-    "fills": (
-        "--method noise --settings fill=flip",
-        "unknown fill 'flip'; known: uniform, mean, constant, blur, flipped",
-    ),
+    "fills": ("--method noise --settings fill=flip", "unknown fill 'flip'; known: "),
     "scores": ("--method consistency-largest --settings score=signed", "score='largest' belongs to method "),
 }
 #: Runs by what they use beside the data set and the model.
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"method": "standard"},
     "term": {"method": "smooth", "settings": {"power": 1.0}},
-    "fill": {
-        "method": "saliencydecor-signed",
-        "settings": {"penalty": "dependence", "fill": "flipped", "group_size": 8},
-    },
+    "penalty and fill": {"method": "saliencydecor-signed", "settings": {"penalty": "dependence", "fill": "flipped"}},
     "score": {"method": "consistency-largest"},
 }
-HERE = (
-    "--data stripes --data-options contrast=0.6 --model perceptron --model-options hidden=24 --epochs 1 --batch-size 20"
-)
+HERE = "--epochs 1 --data stripes --data-options contrast=0.6 --model perceptron --model-options hidden=32"
 SCRIPT = """
 import json, sys
 from click.testing import CliRunner
@@ -185,10 +177,8 @@ def words(run: dict[str, Any]) -> list[str]:
 
 
 def described(run: dict[str, Any]) -> Run:
-    return Run.of(
-        data="stripes", data_options={"contrast": 0.6}, model="perceptron", model_options={"hidden": 24},
-        epochs=1, batch_size=20, **run,
-    )  # fmt: skip
+    own = {"data_options": {"contrast": 0.6}, "model_options": {"hidden": 32}}
+    return Run.of(data="stripes", model="perceptron", epochs=1, **own, **run)
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +195,10 @@ def said(file: Path) -> dict[str, tuple[int, str, str]]:
     commands = {"list": ["list"]}
     for kind, (name, _) in ADDED.items():
         commands |= {f"list {kind}": ["list", kind], f"list {kind} {name}": ["list", kind, name]}
-    commands |= {
-        f"wrong {kind}": ["train", *quiet, *HERE.split(), *wrong.split()] for kind, (wrong, _) in WRONG.items()
-    }
+    for kind, (wrong, _) in WRONG.items():
+        commands[f"wrong {kind}"] = ["train", *quiet, *HERE.split(), *wrong.split()]
     commands |= {f"train {name}": ["train", *quiet, *words(run)] for name, run in RUNS.items()}
+    commands["data"] = ["data", "list", "--data-root", str(file.parent)]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(file)], input=json.dumps(list(commands.values())), text=True,
         capture_output=True, check=True,
@@ -242,7 +232,7 @@ def test_ten_lines_a_piece() -> None:
 
 @KINDS
 def test_it_is_listed_with_docstring_options_and_source(
-    kind: str, file: Path, said: dict[str, tuple[int, str, str]], used: Path
+    kind: str, said: dict[str, tuple[int, str, str]], used: Path
 ) -> None:
     name, lines = ADDED[kind]
     entry = REGISTERS[kind][name]
@@ -253,6 +243,7 @@ def test_it_is_listed_with_docstring_options_and_source(
     assert entry.source in out and (kind == "methods" or entry.source)
     assert (entry.function.__doc__ or "0.1 slope") in out
     assert all(f"  {option}=" in out for option in entry.options)
+    assert "stripes      present  Stripes" in said["data"][1]
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -290,6 +281,10 @@ def test_attribution_and_measure_come_in_tables(used: Path, said: dict[str, tupl
     model, x = build("perceptron", 1, 2, 12), torch.rand(4, 1, 12, 12)
     maps = attribute(model, x, method="powered", power=3)
     expected = maps.abs().sum(1).flatten(1).double()
+    with pytest.raises(ValueError, match="^power must be finite and at least 1, got 0.0$"):
+        attribute(model, x, method="powered", power=0)
+    with pytest.raises(ValueError, match="^unknown measure 'peek'; known: .*, peak$"):
+        evaluate(Case(attribution=maps), ["peek"])
     values = evaluate(Case(attribution=maps))["peak"]
     torch.testing.assert_close(values, expected.amax(1) / expected.sum(1))
     assert "peak" in set(table({"powered": Case(attribution=maps)})["metric"])

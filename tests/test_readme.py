@@ -35,6 +35,7 @@ def test_its_examples_run(blocks: list[str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_one_adds_is_known_to_all_commands(text: str, blocks: list[str], tmp_path: Path) -> None:
     (own,) = [block for block in blocks if block.startswith("# mine.py")]
     (tmp_path / "mine.py").write_text(own, encoding="utf-8")

@@ -298,7 +298,7 @@ def test_letters_that_two_pages_use_are_listed_with_both_meanings() -> None:
         {re.sub(r"\\(?:hat|tilde|bar)\s*", "", symbol) for symbol in re.findall(r"\$([^$]+)\$", " ".join(rows))}
         for rows in (re.findall(r"^\| ([^|]+) \|", part, re.MULTILINE) for part in text.split("\n### ")[1:])
     ]
-    found = Counter(letter for page in pages for letter in {re.match(r"\\[a-zA-Z]+|\w", s)[0] for s in page})  # type: ignore[index]
+    found = Counter(letter for page in pages for letter in {re.match(r"\\[a-zA-Z]+|\w", s)[0] for s in page})
     same = {r"\nu", "w"}  # eigenvalues, and weights, on all pages
     assert {letter for letter, times in found.items() if times > 1} - same <= known
     assert {"F", r"\omega"} <= known

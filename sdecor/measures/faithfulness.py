@@ -4,68 +4,49 @@ Pixels are replaced in order of the map and the output of one class is read: `pe
 functions of it, so that one run of the model, `curves`, serves all of them: `faithfulness`. What is left when pixels
 are replaced is no natural image, and the answer depends on the fill: report which one was used.
 
-Functions that run a model share their arguments, which `perturbation_curve` describes; modes and flags of the model are
-restored. They raise ValueError for shapes that do not fit, numbers out of range, NaN and infinity, unknown names, and a
-target that is no class of the model. Scores are (B,) float64; those of a curve are in [0, 1], or [-1, 1], if it is one
-of probabilities.
+Functions that run a model share their arguments:
+
+- ``model``: classifier of ``images`` (B, C, H, W), as it takes them and on its device; evaluated in eval mode, modes
+  and flags are restored;
+- ``target``: class whose output is read, whole numbers, (B,); ``output``: its `"probability"`, its `"logit"`, or
+  `"correct"`, which is 1 where it is the prediction and else 0;
+- ``attribution`` or ``saliency``: any sign, higher is more salient, (B, H, W). Equal values come in one random order,
+  the same for all images; so does `order="random"`, beside `"most"` and `"least"` salient first;
+- ``fill``: name in `sdecor.registers.FILLS`, or `"linear"` (`sdecor.masking.impute`), or a tensor that broadcasts to
+  `images`; ``fill_value`` is that of `"constant"`. Noise is common to all images;
+- ``batch_size``: rows per forward pass; the result does not depend on it up to rounding in the model;
+- ``generator``: source of noise and order, on any device; torch's global CPU generator by default.
+
+They raise ValueError for shapes that do not fit, numbers out of range, NaN and infinity, unknown names, and a target
+that is no class of the model. Scores are (B,) float64; those of a curve are in [0, 1], or [-1, 1], if it is one of
+probabilities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdecor.measures import _perturbation as shared
-from sdecor.measures._checks import INSIDE
+from sdecor.masking import impute, replacement
+from sdecor.measures._checks import INSIDE, require_finite, require_images
 from sdecor.measures.case import measure, quantity
-from sdecor.registers import Between
+from sdecor.registers import FILLS, Between, OneOf
 from sdecor.saliency import frozen_eval
 
-ORDERS = shared.ORDERS
+ORDERS = ("most", "least", "random")
 STEPS = tuple(i / 10 for i in range(11))
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
-
-
-def masked_accuracy(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    score: Tensor,
-    fractions: Sequence[float],
-    replacement: Tensor,
-    *,
-    order: str = "most",
-    batch_size: int = 256,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Whether the model is still right when a growing share of pixels is replaced in order of saliency.
-
-    With `order="most"` a steeper fall means a more faithful ranking, with `"least"` a later one; compare both with
-    `"random"`, which does not look at the score. Arguments are those of `perturbation_curve`, but for the true `labels`
-    (B,), the `score` of any sign (B, H, W), and what to put in place of a pixel, which broadcasts to `images`. Each
-    image has its own random order.
-
-    Returns:
-        (len(fractions), B) float32, 1 where the prediction is the label and 0 where not; `.mean(1)` is the accuracy.
-
-    Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820 (arXiv:1509.06321), region perturbation, pixel by pixel.
-    """
-    shared.check(images, labels, score, batch_size, order=order, fractions=fractions, names=("labels", "score"))
-    fill = shared.broadcast(replacement, images, "replacement"), False
-    size = images.shape[2:]
-
-    def rank(part: slice) -> Tensor:
-        some = score[part].flatten(1).to(images.device)
-        shuffle = shared.uniform(some.shape, generator, images.device).argsort(1)
-        return shared.places(some, order, shuffle).view(1, -1, 1, *size)
-
-    spans = [(0, round(f * size.numel())) for f in fractions]
-    return shared.outputs(model, images, labels, rank, spans, fill, "correct", batch_size, name="labels").T.float()
+_OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "probability": lambda logits, target: logits.double().softmax(1).gather(1, target[:, None])[:, 0],
+    "logit": lambda logits, target: logits.double().gather(1, target[:, None])[:, 0],
+    "correct": lambda logits, target: logits.argmax(1) == target,
+}
 
 
 def perturbation_curve(
@@ -77,6 +58,7 @@ def perturbation_curve(
     fill: str | Tensor = "uniform",
     fill_value: float = 0.0,
     order: str = "most",
+    own_order: bool = False,
     insert: bool = False,
     fractions: Sequence[float] = STEPS,
     patch: int = 1,
@@ -84,35 +66,22 @@ def perturbation_curve(
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Output of the target class while a growing share of the image is replaced, or put back, in order of attribution.
+    """Output of the target class while a growing share of the image is replaced in order of attribution.
 
-    Args:
-        model: classifier of images (B, C, H, W); evaluated in eval mode.
-        images: (B, C, H, W), as the model takes them, on the model's device.
-        target: class whose output is read, whole numbers, (B,).
-        attribution: any sign, higher is more salient, (B, H, W). Equal values come in one random order for all images.
-        fill: name in `sdecor.registers.FILLS`, or `"linear"` (`sdecor.masking.impute`), or a tensor that broadcasts to
-            `images`. Noise is common to all images.
-        fill_value: for `fill="constant"`.
-        order: `"most"` or `"least"` salient first, or `"random"`, the same for all images.
-        insert: start from the replaced image and put pixels back, instead of replacing them.
-        fractions: shares in [0, 1] that are replaced or put back, rounded to a whole number of pixels or patches.
-        patch: side of the square patches that are ranked by their mean attribution and go together; divides H and W.
-        output: `"probability"`, `"logit"`, or `"correct"`, which is 1 where the prediction is the target.
-        batch_size: rows per forward pass; the result does not depend on it up to rounding in the model.
-        generator: source of noise and order, on any device; torch's global CPU generator by default.
-
-    Returns:
-        (B, len(fractions)) float64.
-
-    Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820 (arXiv:1509.06321).
+    The `order` is that of the `"most"` or `"least"` salient pixels first, or `"random"`, which does not look at the
+    attribution; with `own_order` each image has a random order of its own. With `insert`, pixels of the replaced image
+    are put back instead. The `fractions`, in [0, 1], are rounded to a whole number of pixels, or of square patches of
+    side `patch`, which divides H and W: they are ranked by their mean attribution and go together. It gives
+    (B, len(fractions)) float64. Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820 (arXiv:1509.06321).
     """
-    shared.check(images, target, attribution, batch_size, order=order, fractions=fractions, patch=patch)
+    _check(images, target, attribution, batch_size)
+    for fraction in fractions:
+        Between(0, 1).check("fractions", fraction)
+    new = _fill(images, fill, fill_value, generator)
+    ranks = _ranks(attribution.to(images.device), order, own_order, patch, generator)
     count = images.shape[2:].numel() // patch**2
     spans = [(k, count) if insert else (0, k) for k in (round(f * count) for f in fractions)]
-    new = shared.fills(images, fill, fill_value, generator)
-    rank = shared.common_rank(attribution, order, patch, images.device, generator)
-    return shared.outputs(model, images, target, rank, spans, new, output, batch_size)
+    return _outputs(model, images, target, ranks, spans, new, output, batch_size)
 
 
 @quantity("most", "least", "back", "removed", "kept")
@@ -124,32 +93,28 @@ def curves(
     *,
     fill: str | Tensor = "uniform",
     fill_value: float = 0.0,
-    patch: int = 1,
-    output: str = "probability",
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The curves that the scores below take, from one run in which no perturbed image is seen twice.
 
-    Returns:
-        At `STEPS`, (B, 11): ``most`` and ``least``, the most or least salient pixels replaced first, and ``back``, the
-        most salient put back first. At `SHARES`, (B, 6): ``removed``, the most salient replaced, after the whole image,
-        and ``kept``, all but the most salient replaced, before the whole image.
+    Those at `STEPS` are (B, 11): ``most`` and ``least``, the most or least salient pixels replaced first, and ``back``,
+    the most salient put back first. Those at `SHARES` are (B, 6): ``removed``, the most salient replaced, after the
+    whole image, and ``kept``, all but the most salient replaced, before the whole image.
     """
-    shared.check(images, target, saliency, batch_size, patch=patch, names=("target", "saliency"))
-    count = images.shape[2:].numel() // patch**2
+    _check(images, target, saliency, batch_size, "saliency")
+    count = images.shape[2:].numel()
     removed = {f: (0, round(f * count)) for f in (*STEPS, *SHARES)}
     kept = {f: (k, count) if k < count else (0, 0) for f, (_, k) in removed.items()}
     spans = list(dict.fromkeys([*removed.values(), *kept.values()]))
-    new = shared.fills(images, fill, fill_value, generator)
-    rank = shared.common_rank(saliency, "most", patch, images.device, generator)
-    values = shared.outputs(model, images, target, rank, spans, new, output, batch_size)
+    new = _fill(images, fill, fill_value, generator)
+    ranks = _ranks(saliency.to(images.device), "most", False, 1, generator)
+    values = _outputs(model, images, target, ranks, spans, new, "probability", batch_size)
 
     def at(of: dict[float, tuple[int, int]], fractions: Sequence[float]) -> Tensor:
         return values[:, [spans.index(of[f]) for f in fractions]]
 
-    back = at(kept, STEPS)
-    runs = {"most": at(removed, STEPS), "least": back.flip(1), "back": back}
+    runs = {"most": at(removed, STEPS), "least": at(kept, STEPS[::-1]), "back": at(kept, STEPS)}
     return {**runs, "removed": at(removed, (0, *SHARES)), "kept": at(kept, (*SHARES, 1))}
 
 
@@ -158,7 +123,6 @@ def deletion(most: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
     """Area under the curve of replacing the most salient pixels first, by trapezoids; lower is better.
 
     The curve is (B, F), with a column for each of the `fractions`, from 0 to 1.
-
     Source: Petsiuk et al. 2018 (arXiv:1806.07421).
 
     Example:
@@ -170,21 +134,16 @@ def deletion(most: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
 
 @measure("insertion", better="higher", low=0, high=1)
 def insertion(back: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
-    """Area under the curve of putting the most salient pixels back first (`insert=True`); higher is better.
-
-    The curve, shares and source are as in `deletion`.
-    """
+    """Area under the curve of putting the most salient pixels back first (`insert=True`), else as `deletion`."""
     return _area(back, fractions, "back")
 
 
 @measure("area between curves", better="higher", low=-1, high=1)
 def area_between(most: Tensor, least: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
-    """Area between the curves of replacing the least and the most salient pixels first; higher is better.
+    """Area between the curves of replacing the least and the most salient pixels first, as in `deletion`.
 
-    It is 0 on average for a random order. Replacing the least salient first passes through the images of putting the
-    most salient back first, in reverse: with one fill and no ties this is `insertion` less `deletion`. The curves are
-    as in `deletion`.
-
+    It is 0 on average for a random order; higher is better. Replacing the least salient first passes through the images
+    of putting the most salient back first, in reverse: with one fill and no ties this is `insertion` less `deletion`.
     Source: Schulz et al. 2020 (arXiv:2001.00396), without its scaling by the two ends.
     """
     return _area(least, fractions, "least") - _area(most, fractions, "most")
@@ -195,12 +154,7 @@ def comprehensiveness(removed: Tensor) -> Tensor:
     """Mean drop of the output when the most salient pixels are replaced; higher is better.
 
     The curve is (B, 1 + F), at `(0, *SHARES)`: the whole image comes first.
-
     Source: DeYoung et al. 2020 (arXiv:1911.03429), its shares of 1, 5, 10, 20 and 50 %.
-
-    Example:
-        >>> comprehensiveness(torch.tensor([[1.0, 0.5, 0.0]])).item()
-        0.75
     """
     return (removed[:, :1] - removed[:, 1:]).double().mean(1)
 
@@ -209,8 +163,8 @@ def comprehensiveness(removed: Tensor) -> Tensor:
 def sufficiency(kept: Tensor) -> Tensor:
     """Mean drop of the output when only the most salient pixels are kept; lower is better.
 
-    The curve is (B, F + 1), with `insert=True` at `(*SHARES, 1)`: the whole image comes last. The source is that of
-    `comprehensiveness`.
+    The curve is (B, F + 1), with `insert=True` at `(*SHARES, 1)`: the whole image comes last.
+    Source: as `comprehensiveness`.
     """
     return comprehensiveness(kept.flip(-1))
 
@@ -221,12 +175,7 @@ def monotonicity(most: Tensor) -> Tensor:
 
     Read backwards, that is the curve of replacing the most salient first, (B, F) at equally spaced shares: the share of
     its steps that do not rise.
-
     Source: Arya et al. 2019 (arXiv:1909.03012), which asks whether this is 1, pixel by pixel.
-
-    Example:
-        >>> monotonicity(torch.tensor([[1.0, 0.5, 0.7, 0.0, 0.0]])).item()
-        0.75
     """
     return (most.diff(dim=1) <= 0).double().mean(1)
 
@@ -264,35 +213,36 @@ def infidelity(
     The attribution is signed, (B, C, H, W), or (B, H, W) for noise that is the same in all channels of a pixel. The
     noise is normal with standard deviation `noise`, in units of `images`; its `draws`, from `seed`, are common to all
     images. `normalize` scales each attribution by the factor that fits best, since many methods leave the scale open.
-
-    Returns:
-        (B,) float64, at least 0, in squared logits; a map of zeros gets the mean square of the change of the logit.
-
+    It is at least 0, in squared logits; a map of zeros gets the mean square of the change of the logit.
     Source: Yeh et al. 2019 (arXiv:1901.09392), as in captum.
     """
     from captum.metrics import infidelity as of_captum  # takes seconds to import
 
     Between(1).check("draws", draws)
     weight = attribution.unsqueeze(1) if attribution.ndim == 3 else attribution
-    shared.check(images, target, weight.sum(1), batch_size)
+    _check(images, target, weight.sum(1), batch_size)
     drawn = torch.randn(draws, *weight.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=images.dtype)
     drawn = noise * drawn.to(images.device)
-    weight = shared.broadcast(weight * weight.shape[1] / images.shape[1], images, "attribution")
+    weight = _broadcast(weight * weight.shape[1] / images.shape[1], images, "attribution")
     result = torch.empty(len(images), dtype=torch.float64, device=images.device)
+
+    def logits(x: Tensor) -> Tensor:
+        out: Tensor = model(x).double()
+        _require_class(target, out)
+        return out
+
     with frozen_eval(model), torch.no_grad():
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            x, chosen = images[part], target[part].to(images.device)
-            shared.require_class(chosen, model(x[:1]), "target")
-            at_once = min(draws, max(1, batch_size // len(x)))
+            at_once = min(draws, max(1, batch_size // len(images[part])))
             result[part] = of_captum(
-                lambda x: model(x).double(),
-                partial(shared.shifted, iter(drawn.split(at_once))),
-                x,
-                weight[part].to(x.device, torch.float64),
-                target=chosen,
+                logits,
+                partial(_shifted, iter(drawn.split(at_once))),
+                images[part],
+                weight[part].to(images.device, torch.float64),
+                target=target[part].to(images.device),
                 n_perturb_samples=draws,
-                max_examples_per_batch=at_once * len(x),
+                max_examples_per_batch=at_once * len(images[part]),
                 normalize=normalize,
             )
     return result.clamp(min=0)  # captum's sum of squares, multiplied out, can round to less
@@ -308,34 +258,133 @@ def faithfulness_correlation(
     sets: int = 100,
     share: float = 0.2,
     fill: str | Tensor = "uniform",
-    fill_value: float = 0.0,
     output: str = "probability",
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Correlation of the saliency, of any sign, in a set of pixels with the drop of the output without them.
+    """Pearson's correlation of the saliency in a set of pixels with the drop of the output without them.
 
-    Higher is better. `sets` says how many are drawn, common to all images, and `share` how much of the pixels each
-    holds, in (0, 1).
-
-    Returns:
-        Pearson's correlation over the sets, (B,) float64 in [-1, 1]; NaN where all have the same sum of saliency or the
-        same output.
-
+    `sets` says how many are drawn, common to all images, and `share`, in (0, 1), how much of the pixels each holds. It
+    is in [-1, 1], higher is better; NaN where all sets have the same sum of saliency or the same output.
     Source: Bhatt, Weller and Moura 2020 (arXiv:2005.00631).
     """
-    shared.check(images, target, saliency, batch_size, names=("target", "saliency"))
+    _check(images, target, saliency, batch_size, "saliency")
     Between(2).check("sets", sets)
     INSIDE.check("share", share)
     height, width = images.shape[2:]
-    new = shared.fills(images, fill, fill_value, generator)
-    ranks = shared.uniform((sets + 1, height * width), generator, images.device).argsort(1)
+    new = _fill(images, fill, 0.0, generator)
+    ranks = _uniform((sets + 1, height * width), generator, images.device).argsort(1)
     size = round(share * height * width)
     spans = [(0, 0), *[(0, size)] * sets]  # the whole image first
-    shaped = ranks.view(-1, 1, 1, height, width)
-    values = shared.outputs(model, images, target, lambda _: shaped, spans, new, output, batch_size)
+    values = _outputs(model, images, target, ranks.view(-1, 1, 1, height, width), spans, new, output, batch_size)
     sums = saliency.to(images.device).flatten(1).double() @ (ranks[1:] < size).double().T
-    return shared.pearson(sums, values[:, :1] - values[:, 1:])
+    return _pearson(sums, values[:, :1] - values[:, 1:])
+
+
+def _check(images: Tensor, target: Tensor, score: Tensor, batch_size: int, name: str = "attribution") -> None:
+    require_images(images, target)
+    needed = (len(images), *images.shape[2:])
+    if score.shape != needed:
+        raise ValueError(f"{name} has shape {tuple(score.shape)}, these images need {needed}")
+    Between(1).check("batch_size", batch_size)
+    require_finite(score, name)
+
+
+def _require_class(target: Tensor, logits: Tensor) -> None:
+    lowest, highest = int(target.min()), int(target.max())
+    if lowest < 0 or highest >= logits.shape[1]:
+        raise ValueError(f"target must lie in 0..{logits.shape[1] - 1}, got {lowest}..{highest}")
+
+
+def _broadcast(fill: Tensor, images: Tensor, name: str) -> Tensor:
+    try:
+        return fill.broadcast_to(images.shape)
+    except RuntimeError:
+        shapes = f"{name} has shape {tuple(fill.shape)}, images {tuple(images.shape)}"
+        raise ValueError(f"{shapes}; it must broadcast to that") from None
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) on `device`, drawn on that of the generator, so that they do not depend on where they go."""
+    return torch.rand(shape, generator=generator, device=generator.device if generator else "cpu").to(device)
+
+
+def _places(score: Tensor, order: str, shuffle: Tensor) -> Tensor:
+    """Place (B, n) of each pixel of `score` (B, n) in the order of replacement, from 0, which is replaced first.
+
+    The permutations `shuffle`, (B, n), order pixels of equal score, and all of them if the order is random.
+    """
+    OneOf(ORDERS).check("order", order)
+    if order != "random":  # a stable sort of the shuffled pixels leaves equal ones in random order
+        by_score = score.gather(1, shuffle).argsort(dim=1, stable=True, descending=order == "most")
+        shuffle = shuffle.gather(1, by_score)
+    return torch.empty_like(shuffle).scatter_(1, shuffle, torch.arange(score.shape[1]).to(shuffle).expand_as(shuffle))
+
+
+def _ranks(score: Tensor, order: str, own_order: bool, patch: int, generator: torch.Generator | None) -> Tensor:
+    """Places (1, B, 1, H, W) as `_outputs` takes them, of whole patches."""
+    height, width = score.shape[1:]
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"patch={patch} does not divide images of {height} x {width} pixels")
+    means = F.avg_pool2d(score.double()[:, None], patch)
+    draws = _uniform((len(score) if own_order else 1, means.shape[1:].numel()), generator, score.device)
+    places = _places(means.flatten(1), order, draws.argsort(1).expand(len(score), -1)).view(1, *means.shape)
+    return places.repeat_interleave(patch, 3).repeat_interleave(patch, 4)
+
+
+def _fill(images: Tensor, fill: str | Tensor, value: float, generator: torch.Generator | None) -> tuple[Tensor, bool]:
+    """What is put in place of a pixel, of the shape of `images`, and whether it is to be added to the imputed pixel."""
+    if isinstance(fill, Tensor):
+        return _broadcast(fill, images, "fill"), False
+    if fill == "linear":
+        blank = torch.zeros_like(images[:1])
+        return impute(blank, blank[:, 0] == 0, generator=generator).expand(images.shape), True
+    if fill not in FILLS:
+        raise ValueError(f"unknown fill {fill!r}; known: {', '.join((*FILLS, 'linear'))}, or a tensor")
+    generator = generator or torch.default_generator
+    return replacement(images, fill, value=value, common=True, generator=generator), False
+
+
+def _outputs(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    ranks: Tensor,
+    spans: Sequence[tuple[int, int]],
+    fill: tuple[Tensor, bool],
+    output: str,
+    batch_size: int,
+) -> Tensor:
+    """Output of the target class for every image and each of S spans of replaced pixels, (B, S) float64.
+
+    A pixel is replaced if ``first <= rank < last`` for the pair of the span, its rank being one of `ranks`,
+    (1 or S, 1 or B, 1, H, W). What `fill` replaces it with is from `_fill`. Where images are few, several spans go into
+    one forward pass.
+    """
+    OneOf(_OUTPUTS).check("output", output)
+    new, linear = fill
+    first, last = torch.tensor(spans, device=images.device).view(-1, 2, 1, 1, 1, 1).unbind(1)
+    ranks = ranks.expand(len(spans), len(images), *ranks.shape[2:])
+    result = torch.empty(len(images), len(spans), dtype=torch.float64, device=images.device)
+    with frozen_eval(model), torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            x, put, chosen = images[part], new[part], target[part].to(images.device)
+            at_once = max(1, batch_size // len(x))
+            for j in range(0, len(spans), at_once):
+                some = slice(j, j + at_once)
+                replaced = (ranks[some, part] >= first[some]) & (ranks[some, part] < last[some])
+                batch = torch.where(replaced, put, x).flatten(0, 1)  # from (spans, images, C, H, W)
+                if linear:  # solved to well below the noise that is added
+                    holes = replaced.flatten(0, 1)
+                    whole = x.expand(len(replaced), *x.shape).flatten(0, 1)
+                    batch = impute(whole, holes[:, 0], noise=0, tolerance=1e-4)
+                    batch += (put * replaced).flatten(0, 1)
+                logits = model(batch)
+                _require_class(target, logits)
+                values = _OUTPUTS[output](logits, chosen.repeat(len(replaced)))
+                result[part, some] = values.view(len(replaced), len(x)).double().T
+    return result
 
 
 def _area(curve: Tensor, fractions: Sequence[float], name: str) -> Tensor:
@@ -343,3 +392,19 @@ def _area(curve: Tensor, fractions: Sequence[float], name: str) -> Tensor:
         columns = f"(B, {len(fractions)}), one column per share"
         raise ValueError(f"{name} must have shape {columns}, got {tuple(curve.shape)}")
     return torch.trapezoid(curve.double(), torch.tensor(fractions, dtype=torch.float64, device=curve.device), dim=1)
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of the rows of two float64 tensors (B, n); NaN where either is constant up to rounding."""
+    value = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), eps=0)
+    for rows in (a, b):
+        constant = rows.amax(1) - rows.amin(1) <= 1e-12 * rows.abs().amax(1)
+        value = value.masked_fill(constant, math.nan)
+    return value
+
+
+def _shifted(draws: Iterator[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The next draws of noise (n, C or 1, H, W) for images that come n times in a row each, and the images less it."""
+    noise = next(draws)
+    change = noise.repeat(len(x) // len(noise), 1, 1, 1).expand_as(x)
+    return change, x - change

@@ -13,11 +13,12 @@ For several objects in one image take the union of their masks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, one_hot, pad
+from torch.nn.functional import one_hot, pad
 
 from sdecor.measures._checks import binary, non_negative, require_finite, require_images, shares
 from sdecor.measures.case import measure
@@ -29,14 +30,8 @@ def relevance_mass(saliency: Tensor, mask: Tensor) -> Tensor:
     """Share of each map's total that lies on the object.
 
     Source: Arras, Osman and Samek 2022, doi:10.1016/j.inffus.2021.11.008 (arXiv:2003.07258).
-
-    Example:
-        >>> saliency = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]])
-        >>> relevance_mass(saliency, torch.tensor([[[1, 0], [1, 0]]])).item()
-        0.75
     """
-    share, inside = shares(saliency), binary(mask, saliency.shape)
-    return _defined((share * inside).sum(1).clamp(max=1), share, inside)
+    return _defined((shares(saliency) * binary(mask, saliency.shape)).sum(1).clamp(max=1), saliency, mask)
 
 
 @measure("rank on object", better="higher", low=0, high=1)
@@ -44,7 +39,6 @@ def relevance_rank(saliency: Tensor, mask: Tensor) -> Tensor:
     """Share of the K highest pixels that lie on the object, K being the object's pixels.
 
     Where pixels of equal height compete for the last of the K places, it is the mean over all ways to choose.
-
     Source: as `relevance_mass`.
     """
     flat, inside = non_negative(saliency), binary(mask, saliency.shape)
@@ -53,28 +47,18 @@ def relevance_rank(saliency: Tensor, mask: Tensor) -> Tensor:
     lowest = ordered.gather(1, flat.shape[1] - size)  # of the K highest
     above, level = flat > lowest, flat == lowest
     chosen = (size[:, 0] - above.sum(1)).double() / level.sum(1)  # share of the level pixels among the K
-    return _defined(((above & inside).sum(1) + chosen * (level & inside).sum(1)) / size[:, 0], flat, inside)
+    return _defined(((above & inside).sum(1) + chosen * (level & inside).sum(1)) / size[:, 0], saliency, mask)
 
 
 @measure("peak on object", better="higher", low=0, high=1)
-def pointing_game(saliency: Tensor, mask: Tensor, tolerance: float = 0.0) -> Tensor:
+def pointing_game(saliency: Tensor, mask: Tensor) -> Tensor:
     """1 where the map's highest pixel lies on the object, else 0; among equally high pixels the share of them on it.
 
-    The `tolerance` says how far from the object a peak still counts, in pixels, 0 or more (Euclidean, between centres
-    of pixels). Chance grows with it.
-
-    Source: Zhang et al. 2018, doi:10.1007/s11263-017-1059-x (arXiv:1608.00507), with `tolerance=15`.
+    Source: Zhang et al. 2018, doi:10.1007/s11263-017-1059-x (arXiv:1608.00507), where a peak may miss by 15 pixels.
     """
     flat, inside = non_negative(saliency), binary(mask, saliency.shape)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be a number of pixels, 0 or more, got {tolerance}")
-    near, reach = inside, int(min(tolerance, max(mask.shape[1:])))
-    if reach:
-        step = torch.arange(-reach, reach + 1, device=mask.device)
-        disc = (step[:, None].square() + step.square() <= tolerance**2).float()
-        near = conv2d(inside.view(mask.shape)[:, None].float(), disc[None, None], padding=reach).flatten(1) > 0.5
     peaks = flat == flat.amax(1, keepdim=True)
-    return _defined((peaks & near).sum(1).double() / peaks.sum(1), flat, inside)
+    return _defined((peaks & inside).sum(1).double() / peaks.sum(1), saliency, mask)
 
 
 @measure("AUROC", better="higher", low=0, high=1)
@@ -82,7 +66,6 @@ def auroc(saliency: Tensor, mask: Tensor) -> Tensor:
     """How likely a pixel of the object is higher than one of the background (half if equal).
 
     This is the area under the ROC curve. Only the order of the pixels counts. Chance is 0.5 whatever the object's size.
-
     Source: Fawcett 2006, doi:10.1016/j.patrec.2005.10.010.
 
     Example:
@@ -90,9 +73,9 @@ def auroc(saliency: Tensor, mask: Tensor) -> Tensor:
         >>> auroc(saliency, torch.tensor([[[1, 1], [0, 0]]])).item()
         0.875
     """
-    hits, taken, flat, inside = _thresholds(saliency, mask)
+    hits, taken = _thresholds(saliency, mask)
     misses = taken - hits
-    return _defined(torch.trapezoid(hits, misses) / (hits[:, -1] * misses[:, -1]), flat, inside)
+    return _defined(torch.trapezoid(hits, misses) / (hits[:, -1] * misses[:, -1]), saliency, mask)
 
 
 @measure("average precision", better="higher", low=0, high=1)
@@ -101,9 +84,9 @@ def average_precision(saliency: Tensor, mask: Tensor) -> Tensor:
 
     Source: Choe et al. 2020, arXiv:2001.07437, whose PxAP pools the pixels of all images; here each image has its own.
     """
-    hits, taken, flat, inside = _thresholds(saliency, mask)
+    hits, taken = _thresholds(saliency, mask)
     steps = hits.diff(dim=1) * hits[:, 1:] / taken[:, 1:].clamp(min=1)
-    return _defined((steps.sum(1) / hits[:, -1]).clamp(max=1), flat, inside)
+    return _defined((steps.sum(1) / hits[:, -1]).clamp(max=1), saliency, mask)
 
 
 @measure("best IoU", better="higher", low=0, high=1)
@@ -112,11 +95,10 @@ def best_iou(saliency: Tensor, mask: Tensor) -> Tensor:
 
     The mask chooses each map's threshold, so this is an upper bound of what any rule for thresholds reaches. The lowest
     threshold takes every pixel: no map scores below the object's share of the image.
-
     Source: Jaccard 1912, doi:10.1111/j.1469-8137.1912.tb05611.x.
     """
-    hits, taken, flat, inside = _thresholds(saliency, mask)
-    return _defined((hits / (taken + hits[:, -1:] - hits).clamp(min=1)).amax(1), flat, inside)
+    hits, taken = _thresholds(saliency, mask)
+    return _defined((hits / (taken + hits[:, -1:] - hits).clamp(min=1)).amax(1), saliency, mask)
 
 
 def chance_level(mask: Tensor) -> Tensor:
@@ -130,10 +112,6 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
     Boxes are x0, y0, x1, y1 in pixels from the image's top left corner, fractions allowed, (B, 4), as in torchvision's
     "xyxy"; what sticks out of the image is cut off. Where x1 and y1 name the last pixel inside (Pascal VOC,
     torchvision's `masks_to_boxes`), add 1 to them. Ends that are not finite or in order raise ValueError.
-
-    Example:
-        >>> box_masks(torch.tensor([[1, 0, 3, 1]]), height=2, width=3).int().tolist()
-        [[[0, 1, 1], [0, 0, 0]]]
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (B, 4), got {tuple(boxes.shape)}")
@@ -151,20 +129,15 @@ def mosaic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images for the grid pointing game: mosaics of images of different classes, one of them the target.
 
+    The images are (B, C, H, W), `target` their classes (B,), at least grid**2 different ones, and `grid` is the number
+    of images per side of a mosaic, at least 2; draws are from `generator`, on the CPU, torch's global one by default.
+
+    Given are mosaics (M, C, grid * H, grid * W), the target class of each (M,), and the mask of the target's cell
+    (M, grid * H, grid * W), bool. No image is used twice, and M is the largest number possible: B // grid**2 unless few
+    classes hold most of the images. Which images meet, their places and the target's are random.
+
     Explain each mosaic's target class. The game's score is `relevance_mass(attribution.clamp(min=0), mask)`, the share
     of *positive* relevance in the target's cell, and chance is 1 / grid**2. The model must take images of that size.
-
-    Args:
-        images: (B, C, H, W).
-        target: their classes, at least grid**2 different ones, whole numbers, (B,).
-        grid: images per side of a mosaic, at least 2.
-        generator: of the draws, on the CPU; torch's global one by default.
-
-    Returns:
-        mosaics (M, C, grid * H, grid * W), the target class of each (M,), and the mask of the target's cell
-        (M, grid * H, grid * W), bool. No image is used twice, and M is the largest number possible: B // grid**2 unless
-        few classes hold most of the images. Which images meet, their places and the target's are random.
-
     Source: Böhle, Fritz and Schiele 2021, arXiv:2104.00032, there with images that the model is surest of.
     """
     require_images(images, target)
@@ -190,22 +163,17 @@ def mosaic(
     return whole, target[theirs.to(target.device)], mask.to(images.device)
 
 
-def _thresholds(saliency: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _thresholds(saliency: Tensor, mask: Tensor) -> Iterator[Tensor]:
     """How many pixels of the object, and how many at all, lie at or above each threshold, highest threshold first.
 
     Both are (B, H * W + 1) float64, start at 0, and repeat the last count where the next pixel is not below this one.
-    The flat map and mask come with them.
     """
     flat, inside = non_negative(saliency), binary(mask, saliency.shape)
     ordered, places = flat.sort(dim=1, descending=True)
     last = pad(ordered[:, 1:] != ordered[:, :-1], (0, 1), value=True)
-    hits, taken = (
-        inside.gather(1, places).cumsum(1) * last,
-        torch.arange(1, flat.shape[1] + 1, device=flat.device) * last,
-    )
-    counts = [pad(count.cummax(1).values, (1, 0)).double() for count in (hits, taken)]
-    return counts[0], counts[1], flat, inside
+    hits, taken = inside.gather(1, places).cumsum(1), torch.arange(1, flat.shape[1] + 1, device=flat.device)
+    return (pad((count * last).cummax(1).values, (1, 0)).double() for count in (hits, taken))
 
 
-def _defined(value: Tensor, flat: Tensor, inside: Tensor) -> Tensor:
-    return value.masked_fill(~(inside.any(1) & flat.any(1)), math.nan)
+def _defined(value: Tensor, saliency: Tensor, mask: Tensor) -> Tensor:
+    return value.masked_fill(~(mask.flatten(1).any(1) & saliency.flatten(1).any(1)), math.nan)

@@ -9,7 +9,6 @@ or infinite values.
 from __future__ import annotations
 
 import math
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -76,10 +75,8 @@ def effective_rank(features: Tensor | Covariance) -> Tensor:
     """Effective rank: the exponential of the entropy of the singular values of the centred features.
 
     It is 1 if all features are multiples of one, C if all directions have equal variance, and NaN if no feature varies.
-    It depends on the scale of each feature: one loud feature lowers it.
-
-    Source: Roy and Vetterli 2007, EUSIPCO, pp. 606-610, https://ieeexplore.ieee.org/document/7098875; here of
-    the centred data.
+    It depends on the scale of each feature: one loud feature lowers it. Source: Roy and Vetterli 2007, EUSIPCO,
+    pp. 606-610, https://ieeexplore.ieee.org/document/7098875; here of the centred data.
     """
     singular = _eigenvalues(features).sqrt()
     share = singular / singular.sum()
@@ -92,7 +89,6 @@ def participation_ratio(features: Tensor | Covariance) -> Tensor:
     With the eigenvalues l of the covariance it is (sum l)^2 / sum l^2: 1 if all features are multiples of one, C if all
     directions have equal variance. Small directions count less than in `effective_rank`. N samples of C independent
     features of equal variance score not C but about N C / (N + C). It is NaN if no feature varies.
-
     Source: Gao et al. 2017, doi:10.1101/214262.
     """
     matrix = _matrix(features)
@@ -106,17 +102,12 @@ def condition_number(features: Tensor | Covariance) -> Tensor:
     features of equal variance have about ((1 + r) / (1 - r))^2 with r = sqrt(C / N), and with N <= C samples it is
     infinite whatever the features. It is infinite too if a feature is constant or a sum of others, up to rounding, and
     NaN if no feature varies.
-
     Source: for the value of independent features Marchenko and Pastur 1967, doi:10.1070/SM1967v001n04ABEH001994.
     """
     eigenvalues = _eigenvalues(features)
     return eigenvalues[-1] / eigenvalues[0]
 
 
-@overload
-def cka(a: Tensor, b: Tensor) -> Tensor: ...
-@overload
-def cka(a: Covariance, b: int) -> Tensor: ...
 def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
     """Linear centred kernel alignment: how alike two sets of features of the same samples are, in [0, 1].
 
@@ -127,7 +118,6 @@ def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
 
     Given are both sets, or the `Covariance` of both side by side, ``torch.cat([a, b], 1)``, and the number of features
     of the first. They must be of the same samples, and neither empty.
-
     Source: Kornblith et al. 2019, arXiv:1905.00414.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -43,13 +43,7 @@ def max_sensitivity(
 
     The max over `samples` of ``|maps_of(x + noise) - maps_of(x)| / |maps_of(x)|``, Euclidean, of noise uniform in
     [-radius, radius] per value; more samples find larger changes. NaN where the explanation of the image is zero.
-
     Source: Yeh et al. 2019, arXiv:1901.09392.
-
-    Example:
-        >>> images, target = torch.ones(1, 1, 4, 4), torch.tensor([0])
-        >>> max_sensitivity(lambda x, t: torch.ones_like(x), images, target).item()
-        0.0
     """
     before, change, _ = _changes(maps_of, images, target, radius, samples, batch_size, seed)
     return change.amax(1) / torch.where(before > 0, before, torch.nan)
@@ -71,7 +65,6 @@ def local_lipschitz(
     The max over `samples` of ``|maps_of(x + noise) - maps_of(x)| / |noise|``: a lower bound of the explanation's
     Lipschitz constant around each image. It scales with the explanation: compare explanations of one scale only. NaN
     where the noise is too small to change the image's floating point numbers.
-
     Source: Alvarez-Melis and Jaakkola 2018, arXiv:1806.08049.
     """
     _, change, distance = _changes(maps_of, images, target, radius, samples, batch_size, seed)
@@ -98,7 +91,6 @@ def attack(
 
     A model whose input gradient does not depend on the input once ReLU is smooth (linear, or piecewise linear by
     something else than ReLU) raises ValueError.
-
     Source: Ghorbani et al. 2019, arXiv:1710.10547; the softplus is that of Dombrowski et al. 2019, arXiv:1906.07983.
     """
     _check(images, target, epsilon=epsilon, steps=steps, batch_size=batch_size)
@@ -143,7 +135,6 @@ def explanation_shift(maps_of: Explain, images: Tensor, adversarial: Tensor, tar
 
     The copies are (B, C, H, W), for example from `attack`. `maps_of` is called once for all images, then for all
     copies. The result is in [0, 1] for non-negative maps, else in [0, 2]; NaN where one of the two is zero.
-
     Source: Dombrowski et al. 2019, arXiv:1906.07983, use other distances of the same pair of maps.
     """
     if images.shape != adversarial.shape:
@@ -155,9 +146,7 @@ def explanation_shift(maps_of: Explain, images: Tensor, adversarial: Tensor, tar
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's rank correlation of two maps (B, H, W) of any sign, ties given their average rank.
 
-    It is in [-1, 1], NaN where a map is constant; higher is more alike.
-
-    Source: Spearman 1904, doi:10.2307/1412159.
+    It is in [-1, 1], NaN where a map is constant; higher is more alike. Source: Spearman 1904, doi:10.2307/1412159.
 
     Example:
         >>> a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
@@ -176,9 +165,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of two non-negative maps, each divided by its own maximum; higher is more alike.
 
     The maps are (B, H, W), at least 7 by 7 pixels; the result is in [-1, 1], of scikit-image with a window of 7 by 7
-    and a data range of 1, NaN where a map is zero.
-
-    Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
+    and a data range of 1, NaN where a map is zero. Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
     """
     from skimage.metrics import structural_similarity
 

@@ -10,7 +10,7 @@ names, and shapes and masks that do not fit, raise ValueError.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -36,7 +36,6 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
     The order `"cascading"` draws all layers from the last down to this one, `"independent"` this one only. The new
     parameters depend on `seed`, not on `order`. With each copy, on the same device and in the same mode, comes the
     layer's name as in `named_modules()`, or the class's name for parameters of the model itself.
-
     Source: Adebayo et al. 2018, arXiv:1810.03292.
 
     Example:
@@ -62,24 +61,16 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
 
 
 def parameter_randomization(
-    model: nn.Module,
-    explain_with: Explanation,
-    images: Tensor,
-    target: Tensor,
-    *,
-    order: str = "cascading",
-    similarity: Callable[[Tensor, Tensor], Tensor] = spearman,
-    seed: int = 0,
+    model: nn.Module, explain_with: Explanation, images: Tensor, target: Tensor, order: str = "cascading", seed: int = 0
 ) -> dict[str, Tensor]:
-    """What `similarity`, (B,), gives of the maps of a model and of each of its `randomized` copies, by layer.
+    """`spearman` of the maps of a model and of each of its `randomized` copies, (B,) by the name of the layer.
 
     A method whose maps stay alike does not look at the weights, however good its maps look: lower is better.
-
     Source: Adebayo et al. 2018, arXiv:1810.03292.
     """
     trained = explain_with(model, images, target)
     copies = randomized(model, order=order, seed=seed)
-    return {name: similarity(trained, explain_with(changed, images, target)) for name, changed in copies}
+    return {name: spearman(trained, explain_with(changed, images, target)) for name, changed in copies}
 
 
 @measure("like a random network's", better="lower", low=-1, high=1)
@@ -103,7 +94,6 @@ def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> di
     `image`: distance of each pixel's colour from the image's mean colour, which needs no zero of brightness, so that
     images may be normalized. `noise`: uniform in [0, 1], the same for all images, so that a pointing game on it judges
     a single random pixel. With a mask (B, H, W), boolean or 0 and 1, `ground truth`: the mask.
-
     Source: Achanta et al. 2009, doi:10.1109/CVPR.2009.5206596, for the distance from the mean colour.
     """
     require_images(images)

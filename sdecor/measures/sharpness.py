@@ -38,7 +38,6 @@ def entropy(saliency: Tensor) -> Tensor:
     """Shannon entropy of the shares over log(H * W): 1 for a constant map, 0 for one pixel; lower is sharper.
 
     It is NaN for maps of one pixel, where the largest entropy is zero.
-
     Source: Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x, divided by its largest value.
     """
     share = shares(saliency)
@@ -62,7 +61,6 @@ def effective_support(saliency: Tensor) -> Tensor:
 
     The number is 1 / sum(p^2) for the shares p (the inverse participation ratio, Hill's number of order 2): m equal
     pixels give m. The entropy is the logarithm of Hill's number of order 1, over log(H * W).
-
     Source: Hill 1973, doi:10.2307/1934352, divided by its largest value.
     """
     share = shares(saliency)
@@ -76,7 +74,6 @@ def total_variation(saliency: Tensor) -> Tensor:
 
     The sum over pairs of 4-neighbours of the absolute difference of their shares (anisotropic), over 4: what a single
     pixel away from the border gives. It depends on where the pixels are: scattering them raises it.
-
     Source: Rudin, Osher and Fatemi 1992, doi:10.1016/0167-2789(92)90242-F, of the map of shares.
     """
     share = shares(saliency).view(saliency.shape)

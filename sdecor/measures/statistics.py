@@ -41,12 +41,7 @@ class Difference(NamedTuple):
 
 
 def summary(values: Values) -> Summary:
-    """Mean and standard deviation over seeds (of a sample: divided by n - 1, so that of a single value is NaN).
-
-    Example:
-        >>> summary([1.0, 2.0, 3.0])
-        Summary(mean=2.0, sd=1.0)
-    """
+    """Mean and standard deviation over seeds (of a sample: divided by n - 1, so that of a single value is NaN)."""
     numbers = _numbers(values, "values")
     return Summary(numbers.mean().item(), numbers.std().item() if len(numbers) > 1 else math.nan)
 
@@ -55,12 +50,7 @@ def paired_difference(a: Values, b: Values, confidence: float = 0.95) -> Differe
     """Mean of a - b over seeds, with the interval of the paired t test.
 
     With probability `confidence` it covers the true mean, if differences are normal.
-
     Source: Student 1908, doi:10.2307/2331554.
-
-    Example:
-        >>> [round(value, 3) for value in paired_difference([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])]
-        [1.0, -1.484, 3.484]
     """
     INSIDE.check("confidence", confidence)
     return _interval(_differences(a, b), lambda d: scipy.stats.ttest_1samp(d, 0).confidence_interval(confidence))
@@ -74,7 +64,6 @@ def paired_bootstrap(
     It needs no normal differences, but many of them: with 3, 5 and 10 normal ones a 95% interval covers the true
     mean in only about 72, 85 and 90% of cases. Of so few, trust `paired_difference` more. From `seed`, n pairs are
     drawn from the n pairs `resamples` times, at least 100.
-
     Source: Efron 1987, doi:10.1080/01621459.1987.10478410.
     """
     INSIDE.check("confidence", confidence)
@@ -90,7 +79,6 @@ def effect_size(a: Values, b: Values) -> float:
     This is d_z with Hedges' factor, without which few pairs overstate it. It is not Cohen's d of two separate groups,
     which divides by the spread within a group: seeds that move both methods alike make d_z larger than that. It is
     positive where a is larger, and NaN with fewer than three pairs, for which the factor is 0.
-
     Source: Hedges 1981, doi:10.3102/10769986006002107 (the factor, exact); Lakens 2013, doi:10.3389/fpsyg.2013.00863
     (d_z and its names).
     """
@@ -110,7 +98,6 @@ def equivalence(a: Values, b: Values, margin: float) -> float:
     whether the 90% interval of `paired_difference` lies within the margin. The `margin`, positive and finite, is the
     largest difference that does not matter, in the units of a and b; choose it before looking. Given is the larger of
     the two p-values.
-
     Source: Schuirmann 1987, doi:10.1007/BF01068419.
     """
     POSITIVE.check("margin", margin)
@@ -122,9 +109,7 @@ def holm(p_values: Values) -> Tensor:
     """Holm's step-down adjustment: at level 0.05, even one false alarm among all the tests is at most 5% likely.
 
     The p-values are (m,), each in [0, 1] or NaN, and so is the result, float64, no smaller than they are; NaN stays NaN
-    and does not count as a test.
-
-    Source: Holm 1979, https://www.jstor.org/stable/4615733.
+    and does not count as a test. Source: Holm 1979, https://www.jstor.org/stable/4615733.
 
     Example:
         >>> holm([0.01, 0.04, 0.03]).tolist()
@@ -142,41 +127,34 @@ def holm(p_values: Values) -> Tensor:
 
 
 def compare(
-    frame: pd.DataFrame,
-    reference: str,
-    *,
-    by: str = "method",
-    pair: str = "seed",
-    margin: float | Mapping[str, float] | None = None,
-    confidence: float = 0.95,
+    frame: pd.DataFrame, reference: str, *, margin: float | Mapping[str, float] | None = None, confidence: float = 0.95
 ) -> pd.DataFrame:
     """Every method against a reference method in every metric, paired by seed.
 
-    The frame has one row per result, with columns "metric", "value", `by` (which tells methods apart) and `pair` (which
-    says what belongs together; in a metric every method needs the same ones, one finite value for each). The `margin`
-    of `equivalence` is one for all metrics, or by metric, where a metric without one has NaN.
+    The frame has one row per result, with columns "metric", "method", "seed" and "value"; in a metric every method
+    needs the same seeds, one finite value for each. The `margin` of `equivalence` is one for all metrics, or by metric,
+    where a metric without one has NaN.
 
-    Returns:
-        One row for every metric and other method, in the order of `frame`: the number of pairs `n`, the mean
-        `difference` to the reference, `low` and `high` of its t interval, `bootstrap_low` and `bootstrap_high`,
-        `effect_size`, `p` of the paired t test, `p_holm` adjusted over the whole table, and with a margin
-        `p_equivalence`, which is not adjusted.
+    Given is one row for every metric and other method, in the order of `frame`: the number of pairs `n`, the mean
+    `difference` to the reference, `low` and `high` of its t interval, `bootstrap_low` and `bootstrap_high`,
+    `effect_size`, `p` of the paired t test, `p_holm` adjusted over the whole table, and with a margin `p_equivalence`,
+    which is not adjusted.
     """
-    if missing := [column for column in (by, pair, "metric", "value") if column not in frame]:
+    if missing := [column for column in ("method", "seed", "metric", "value") if column not in frame]:
         raise ValueError(f"frame has no column {', '.join(missing)}; its columns are {', '.join(map(str, frame))}")
-    methods = list(frame[by].unique())
+    methods = list(frame["method"].unique())
     if reference not in methods or len(methods) < 2:
-        raise ValueError(f"column {by} must hold {reference!r} and another, it holds {', '.join(map(str, methods))}")
-    if len(twice := frame[frame.duplicated([by, pair, "metric"])]):
-        row = twice.iloc[0]
-        raise ValueError(f"{by} {row[by]!r} has more than one value of metric {row['metric']!r} for {pair} {row[pair]}")
+        raise ValueError(f"column method must hold {reference!r} and another, it holds {', '.join(map(str, methods))}")
+    if len(twice := frame[frame.duplicated(["method", "seed", "metric"])]):
+        of = "method {method!r} has more than one value of metric {metric!r} for seed {seed}"
+        raise ValueError(of.format(**twice.iloc[0]))
     rows = []
     for metric, part in frame.groupby("metric", sort=False):
-        wide = part.pivot(index=pair, columns=by, values="value").reindex(columns=methods).astype(float)
+        wide = part.pivot(index="seed", columns="method", values="value").reindex(columns=methods).astype(float)
         for method in methods:
             if absent := ", ".join(map(str, wide.index[~np.isfinite(wide[method])])):
-                what = f"finite value of metric {metric!r} for {pair} {absent}"
-                raise ValueError(f"{by} {method!r} has no {what}; each {by} needs it")
+                what = f"finite value of metric {metric!r} for seed {absent}"
+                raise ValueError(f"method {method!r} has no {what}; each method needs it")
         bound = margin.get(str(metric)) if isinstance(margin, Mapping) else margin
         b = wide.pop(reference).tolist()
         for method, a in wide.to_dict("list").items():
@@ -184,7 +162,7 @@ def compare(
             same = math.nan if bound is None else equivalence(a, b, bound)
             p = _p_value(_differences(a, b))
             rows.append((metric, method, len(a), *intervals, effect_size(a, b), p, math.nan, same))
-    names = "metric", by, "n", "difference", "low", "high", "bootstrap_low", "bootstrap_high", "effect_size"
+    names = "metric", "method", "n", "difference", "low", "high", "bootstrap_low", "bootstrap_high", "effect_size"
     table = pd.DataFrame(rows, columns=[*names, "p", "p_holm", "p_equivalence"])
     table["p_holm"] = holm(table["p"].tolist()).numpy()
     return table if margin is not None else table.drop(columns="p_equivalence")
