@@ -1,16 +1,18 @@
-"""Masked accuracy: what the model is shown, in which order, whatever the chunk, and what is refused."""
+"""Accuracy on masked images: what the model is shown, in which order, whatever the chunk."""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import pytest
 import torch
 from maps import seeded
 from torch import Tensor, nn
 
-from sdecor.measures import _perturbation
-from sdecor.measures.faithfulness import STEPS, masked_accuracy, perturbation_curve
+from sdecor.measures import faithfulness
+from sdecor.measures.faithfulness import perturbation_curve
+
+masked_accuracy = partial(perturbation_curve, output="correct", own_order=True)
 
 
 class Brightest(nn.Module):
@@ -41,8 +43,9 @@ def test_masking_by_hand() -> None:
     images = torch.tensor([[[[4.0, 3.0], [2.0, 1.0]]], [[[1.0, 2.0], [3.0, 9.0]]]])
     labels = torch.tensor([0, 3])
     score = torch.tensor([[[1.0, 9.0], [5.0, 7.0]], [[-1.0, -2.0], [-4.0, 8.0]]])
-    most = masked_accuracy(model, images, labels, score, [0, 0.25, 0.5, 0.75, 1], torch.tensor(-1.0))
-    assert most.tolist() == [[1, 1], [1, 0], [1, 0], [1, 0], [1, 0]]  # all replaced: argmax takes the first pixel
+    run = partial(masked_accuracy, model, images, labels, score, fill=torch.tensor(-1.0))
+    most = run(fractions=[0, 0.25, 0.5, 0.75, 1])
+    assert most.T.tolist() == [[1, 1], [1, 0], [1, 0], [1, 0], [1, 0]]  # all replaced: argmax takes the first pixel
     assert [image[0].flatten().tolist() for image in torch.cat(model.seen)[:8:2]] == [
         [4, 3, 2, 1],
         [4, -1, 2, 1],
@@ -50,8 +53,7 @@ def test_masking_by_hand() -> None:
         [4, -1, -1, -1],
     ]
     model.seen.clear()
-    least = masked_accuracy(model, images, labels, score, [0.5], torch.tensor(-1.0), order="least")
-    assert least.tolist() == [[0, 1]]
+    assert run(fractions=[0.5], order="least").T.tolist() == [[0, 1]]
     assert [image[0].flatten().tolist() for image in model.seen[0]] == [[-1, 3, -1, 1], [1, -1, -1, 9]]
 
 
@@ -59,7 +61,7 @@ def test_masking_puts_the_replacement_there(scene: tuple[Brightest, Tensor, Tens
     model, images, labels, score = scene
     fill = torch.randn(images.shape)
     inputs = [t.clone() for t in (images, labels, score, fill)]
-    masked_accuracy(model, images, labels, score, [1 / 3], fill)
+    masked_accuracy(model, images, labels, score, fractions=[1 / 3], fill=fill)
     replaced = model.seen[0] != images
     assert torch.equal(model.seen[0], torch.where(replaced, fill, images))
     assert (replaced.sum((2, 3)) == 3).all()
@@ -72,78 +74,35 @@ def test_masking_puts_the_replacement_there(scene: tuple[Brightest, Tensor, Tens
 @pytest.mark.parametrize("order", ["most", "least", "random"])
 def test_masking_does_not_depend_on_the_chunk(order: str, scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
     model, images, labels, score = scene
-    results = []
-    for batch_size in (1, 3, 7, 100):
-        for s in (score, torch.ones_like(score)):
-            generator = seeded(5)
-            out = masked_accuracy(
-                model,
-                images,
-                labels,
-                s,
-                [0.2, 0.6],
-                images * -1,
-                order=order,
-                batch_size=batch_size,
-                generator=generator,
-            )
-            assert out.shape == (2, 7)
-            results.append(out)
-    assert all(torch.equal(results[0], r) for r in results[::2])
-    assert all(torch.equal(results[1], r) for r in results[1::2])
+    for s in (score, torch.ones_like(score)):
+        run = partial(masked_accuracy, model, images, labels, s, fill=images * -1, fractions=[0.2, 0.6], order=order)
+        results = [run(batch_size=n, generator=seeded(5)) for n in (1, 3, 7, 100)]
+        assert results[0].shape == (7, 2)
+        assert all(torch.equal(results[0], r) for r in results)
 
 
-def test_equal_scores_come_in_random_order() -> None:
+def test_equal_scores_come_in_random_order(scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
     count = 4000
     shuffle = torch.rand(count, 10, generator=seeded()).argsort(1)
-    rank = _perturbation.places(torch.zeros(count, 10), "most", shuffle)
+    rank = faithfulness._places(torch.zeros(count, 10), "most", shuffle)
     assert (rank.sort(1).values == torch.arange(10)).all()
     share = (rank < 5).double().mean(0)  # each place comes first half of the time, within five standard errors
     assert ((share - 0.5).abs() < 5 * 0.5 / count**0.5).all()
-    assert torch.equal(rank, _perturbation.places(torch.rand(count, 10), "random", shuffle))
-
-
-def test_accuracy_is_the_curve_of_correct_predictions(scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
-    model, images, labels, score = scene
-    accuracy = masked_accuracy(model, images, labels, score, STEPS, images.flip(0))
-    curve = perturbation_curve(model, images, labels, score, fill=images.flip(0), output="correct")
-    assert torch.equal(accuracy, curve.T.float())
+    assert torch.equal(rank, faithfulness._places(torch.rand(count, 10), "random", shuffle))
+    model, images, labels, _ = scene
+    for own in (True, False):
+        perturbation_curve(model, images, labels, torch.ones(7, 3, 3), fill=-images, fractions=[0.5], own_order=own)
+        replaced = (model.seen.pop() < 0)[:, 0].flatten(1)
+        assert (len(replaced.unique(dim=0)) > 1) == own
 
 
 def test_masking_restores_the_model(scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
     model, images, labels, score = scene
     model.train()
     model.drop.eval()
-    out = masked_accuracy(model, images, labels, score, [0.0], images)
-    assert out.eq(1).all()
+    assert masked_accuracy(model, images, labels, score, fractions=[0.0], fill=images).eq(1).all()
     assert (model.training, model.drop.training, model.weight.requires_grad) == (True, False, True)
-    with pytest.raises(ValueError, match="labels must lie"):
-        masked_accuracy(model, images, labels + 5, score, [0.0], images)
+    for wrong, said in ((labels + 9, r"\d+\.\.\d+"), (labels - 9, r"-\d\.\.-\d")):
+        with pytest.raises(ValueError, match=rf"^target must lie in 0\.\.8, got {said}$"):
+            masked_accuracy(model, images, wrong, score, fractions=[0.0], fill=images)
     assert (model.training, model.drop.training) == (True, False)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"images": torch.ones(2, 3, 3)}, "images must have shape (B, C, H, W), got (2, 3, 3)"),
-        ({"labels": torch.tensor([0, 0, 0])}, "labels must be 7 whole numbers, got shape (3,) of torch.int64"),
-        ({"labels": torch.zeros(7)}, "labels must be 7 whole numbers, got shape (7,) of torch.float32"),
-        ({"labels": torch.full((7,), 9)}, "labels must lie in 0..8, got 9..9"),
-        ({"labels": torch.full((7,), -1)}, "labels must lie in 0..8, got -1..-1"),
-        ({"score": torch.ones(7, 2, 3, 3)}, "score has shape (7, 2, 3, 3), these images need (7, 3, 3)"),
-        ({"score": torch.full((7, 3, 3), math.nan)}, "score has NaN in 7 of 7 rows (the first is row 0)"),
-        ({"fractions": [0.5, 1.5]}, "fractions must be from 0 to 1, got 1.5"),
-        (
-            {"replacement": torch.ones(3, 3, 3)},
-            "replacement has shape (3, 3, 3), images (7, 2, 3, 3); it must broadcast to that",
-        ),
-        ({"order": "best"}, "unknown order 'best'; known: most, least, random"),
-        ({"batch_size": 0}, "batch_size must be finite and at least 1, got 0"),
-    ],
-)
-def test_bad_masking(changes: dict[str, object], message: str, scene: tuple[Brightest, Tensor, Tensor, Tensor]) -> None:
-    model, images, labels, score = scene
-    arguments = {"images": images, "labels": labels, "score": score, "fractions": [0.5], "replacement": images}
-    with pytest.raises(ValueError) as caught:
-        masked_accuracy(model, **(arguments | changes))
-    assert str(caught.value) == message

@@ -123,7 +123,7 @@ def test_half_the_width_of_resnet_is_a_quarter_of_its_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet18", {"width": 0}, "width must be finite and at least 1, got 0"),
+        ("resnet18", {"width": 0}, "width must be at least 1, got 0"),
         ("resnet18", {"width": 1.5}, "width must be of type int, got 1.5 (float)"),
         ("resnet18", {"depth": 3}, "model 'resnet18' has no option 'depth'; it has: width"),
         ("lenet", {"width": 3}, "model 'lenet' has no option 'width'; it has: none"),
@@ -155,7 +155,7 @@ def test_a_class_of_ones_own_is_entered_with_options() -> None:
 
     assert default_layers(build("Small", 1, 4, 8)) == ("1",)
     assert layer(build("Small", 1, 4, 8, hidden=5), "1").out_features == 5
-    with pytest.raises(ValueError, match="^hidden must be finite and at least 1, got 0$"):
+    with pytest.raises(ValueError, match="^hidden must be at least 1, got 0$"):
         build("Small", 1, 4, 8, hidden=0)
 
 

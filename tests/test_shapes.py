@@ -75,7 +75,7 @@ def test_the_constants_of_shapes_fit_its_pixels(options: dict[str, float]) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"samples": 0}, "samples must be finite and at least 1, got 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"samples": 4, "image_size": 48}, "image_size=48 is not possible for 'shapes'; use 32 or 64"),
         ({"samples": 4, "cue_strength": 1.5}, "cue_strength must be from 0 to 1, got 1.5"),
         ({"samples": 4, "cue_copies": 13}, "cue_copies must be from 0 to 12, got 13"),
