@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from sdecor.config import PAIRED, Run, flat_fields, flat_options, method_grid
-from sdecor.registers import REGISTERS, USE, Option, literal
+from sdecor.registers import REGISTERS, USE, literal
 
 if TYPE_CHECKING:
     from sdecor.store import Store
@@ -34,62 +35,37 @@ class _OneLine(click.Group):
             ctx.exit(1 if isinstance(error, (FloatingPointError, ChildProcessError)) else 2)
 
 
-class _Value(click.ParamType[Any]):
-    """Text that means a value of a setting's type."""
-
-    def __init__(self, option: Option) -> None:
-        self.option, self.name = option, option.type_name
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """The value; an impossible one raises ValueError."""
-        return self.option.of_text(value) if isinstance(value, str) else value
+def _several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    return lambda command: reduce(lambda done, decorator: decorator(done), reversed(decorators), command)
 
 
-class _Pair(click.ParamType[Any]):
-    """Text NAME=VALUE."""
-
-    name = "name=value"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
-        """Name and value; a text without = raises ValueError."""
-        name, found, text = value.partition("=")
-        if not found:
-            raise ValueError(f"{param.name} must look like NAME=VALUE, got '{value}'")
-        return name, literal(text)
+def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Keep the value of a setting in ``ctx.obj``, if it was given; an impossible one raises ValueError."""
+    name = str(param.name)
+    if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+        return
+    if name in PAIRED:
+        if wrong := [text for text in value if "=" not in text]:
+            raise ValueError(f"{name} must look like NAME=VALUE, got '{wrong[0]}'")
+        value = {key: literal(text) for key, _, text in (pair.partition("=") for pair in value)}
+    ctx.ensure_object(dict)[name] = flat_options()[name].of_text(value) if isinstance(value, str) else value
 
 
 def _settings(*without: str) -> Callable[[Command], Command]:
     """Give a command an option for every setting of a run; those that were given are kept as ``ctx.obj``."""
-
-    def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-        if ctx.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT:
-            ctx.ensure_object(dict)[param.name] = dict(value) if param.name in PAIRED else value
-
-    def decorate(command: Command) -> Command:
-        for name, option in reversed(flat_options().items()):
-            if name in (*without, "fingerprint"):
-                continue
-            default = "none" if option.default in ((), None) else option.default
-            how: dict[str, Any] = {"type": _Value(option), "default": None}
-            if name in PAIRED:
-                how = {"type": _Pair(), "multiple": True}
-            elif option.hint is bool:
-                how = {"is_flag": True, "default": None}
-            text = f"{flat_fields()[name].metadata['help']} [default: {default}]"
-            flag = f"--{name.replace('_', '-')}"
-            command = click.option(flag, name, help=text, expose_value=False, callback=keep, **how)(command)
-        return command
-
-    return decorate
-
-
-def _several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
+    options = []
+    for name, option in flat_options().items():
+        if name in (*without, "fingerprint"):
+            continue
+        how: dict[str, Any] = {"default": None, "metavar": option.type_name.upper()}
+        if name in PAIRED:
+            how = {"multiple": True, "metavar": "NAME=VALUE"}
+        elif option.hint is bool:
+            how = {"is_flag": True, "default": None}
+        default = "none" if option.default in ((), None) else option.default
+        text, flag = f"{flat_fields()[name].metadata['help']} [default: {default}]", f"--{name.replace('_', '-')}"
+        options.append(click.option(flag, name, help=text, expose_value=False, callback=_keep, **how))
+    return _several(*options)
 
 
 _root = click.option("--data-root", default="", help="Where data lie. [default: $SDECOR_DATA, or a cache folder]")
@@ -98,6 +74,7 @@ _where = _several(
     _root,
 )
 _device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
+_FROM_1: Any = {"type": click.IntRange(1), "show_default": True}
 _only = click.option("--data", default="", help="Only runs on this data set.")
 _work = _several(
     _where,
@@ -144,12 +121,8 @@ def train(ctx: click.Context, /, store: str, data_root: str, quiet: bool, **how:
 @app.command()
 @click.option("--methods", default="all", show_default=True, help="Names with commas between, or all.")
 @click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4, or 0,1,2.")
-@click.option(
-    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes; GPUs are taken in turn."
-)
-@click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each: other last bits."
-)
+@click.option("--workers", default=1, **_FROM_1, help="Processes; GPUs are taken in turn.")
+@click.option("--threads", default=1, **_FROM_1, help="CPU threads of each: other last bits.")
 @_settings("method", "seed")
 @_work
 @click.pass_context
@@ -227,24 +200,18 @@ def show(store: str, data_root: str, data: str, run: str) -> None:
 @click.argument("name", default="", metavar="[NAME]")
 def list_registers(kind: str, name: str) -> None:
     """List what can be named, all entries of a KIND, or one entry whole."""
-    if not kind:
-        for plural, register in REGISTERS.items():
-            click.echo(f"{plural:13s} {', '.join(register)}")
-        return
-    if kind not in REGISTERS:
+    if kind and kind not in REGISTERS:
         raise ValueError(f"unknown kind '{kind}'; known: {', '.join(REGISTERS)}")
-    register = REGISTERS[kind]
-    if not name:
-        for entry in register.values():
-            click.echo(f"{entry.name:24s} {entry.about.splitlines()[0]}")
-        return
-    entry = register[name]
-    click.echo(f"{entry.name}: {entry.title}\n\n{entry.about}")
-    for option in entry.options.values():
-        click.echo(f"  {option.name}={option.default!r}")
-    for field in ("source", "licence", "cite"):
-        if said := getattr(entry, field, ""):
-            click.echo(f"{field}: {said}")
+    if not kind:
+        lines = [f"{plural:13s} {', '.join(register)}" for plural, register in REGISTERS.items()]
+    elif not name:
+        lines = [f"{entry.name:24s} {entry.about.splitlines()[0]}" for entry in REGISTERS[kind].values()]
+    else:
+        entry = REGISTERS[kind][name]
+        lines = [f"{entry.name}: {entry.title}\n\n{entry.about}"]
+        lines += [f"  {option.name}={option.default!r}" for option in entry.options.values()]
+        lines += [f"{part}: {said}" for part in ("source", "licence", "cite") if (said := getattr(entry, part, ""))]
+    click.echo("\n".join(lines))
 
 
 @app.group()

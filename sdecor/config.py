@@ -25,11 +25,12 @@ from sdecor.registers import (
     TERMS,
     Between,
     Dataset,
+    Entry,
     OneOf,
     OnlyWith,
     Option,
     UnknownName,
-)  # fmt: skip
+)
 
 C = TypeVar("C", bound=type)
 Pairs = tuple[tuple[str, Any], ...]
@@ -40,8 +41,9 @@ Positive = Between(0, ends=False)
 
 
 def setting(default: Any, meaning: str) -> Any:
-    """A field of a description: its default, and what it means, for the docstring and the command line alike."""
-    return field(default=default, metadata={"help": meaning})
+    """A field: its default, or the class that makes it, and what it means, for docstring and command line alike."""
+    how = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return field(**how, metadata={"help": meaning})
 
 
 def described(cls: C) -> C:
@@ -62,6 +64,11 @@ def _check(instance: Any, *names: str) -> None:
     for name, option in _options(type(instance)).items():  # type: ignore[arg-type]
         if not names or name in names:
             object.__setattr__(instance, name, option.checked(getattr(instance, name)))
+
+
+def _chosen(entry: Entry, options: Mapping[str, Any]) -> Pairs:
+    """Those of an entry's options that are not the defaults, in order of name."""
+    return tuple((name, options[name]) for name in sorted(options) if options[name] != entry.options[name].default)
 
 
 def pairs(values: Any, name: str) -> Pairs:
@@ -90,13 +97,9 @@ def _content(files: tuple[tuple[str, int, int], ...], root: str) -> str:
 def fingerprint(folder: Path) -> str:
     """Sixteen hexadecimal digits that change when a file of `folder` is added, removed, renamed or edited.
 
-    It is made of the names below the folder and the *content* of the files, not of sizes and times: a copy on another
-    machine, where times differ, is the same data, and two pictures of one size that change places are not. Training
-    reads every byte many times, so that reading it once more is cheap. Hidden files do not count. Within a process a
-    folder is read again only when a size or a time has changed.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
+    It is made of names and *content*, not of sizes and times: a copy on another machine is the same data, and two
+    pictures of one size that change places are not. Training reads every byte many times, so that reading it once more
+    is cheap. Hidden files do not count. Within a process a folder is read again only when a size or time has changed.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
@@ -108,11 +111,7 @@ def fingerprint(folder: Path) -> str:
 def checked_data(
     name: str, limit: int | None, options: Mapping[str, Any]
 ) -> tuple[Dataset, Path | None, dict[str, Any]]:
-    """The entry of a data set, the folder if `name` is one (``folder:PATH`` or a directory), and all its options.
-
-    Raises:
-        ValueError: If there is no such data set, or `limit` or an option is impossible.
-    """
+    """The entry of a data set, the folder if `name` is one (``folder:PATH`` or a directory), and all its options."""
     path = None
     if name.startswith(FOLDER) or (name not in DATASETS and Path(name).is_dir()):
         path = Path(name.removeprefix(FOLDER)).expanduser()
@@ -144,10 +143,8 @@ class Data:
     fingerprint: str = setting("", "Of the files of a folder; found out if it is not given.")
 
     def __post_init__(self) -> None:
-        given = dict(pairs(self.options, "data_options"))
-        entry, path, checked = checked_data(self.name, self.limit, given)
-        options = tuple((n, checked[n]) for n in given if checked[n] != entry.options[n].default)
-        object.__setattr__(self, "options", options)
+        entry, path, options = checked_data(self.name, self.limit, dict(pairs(self.options, "data_options")))
+        object.__setattr__(self, "options", _chosen(entry, options))
         _check(self)
         if path is not None:
             object.__setattr__(self, "name", FOLDER + self.name.removeprefix(FOLDER))
@@ -182,9 +179,7 @@ class Model:
             if self.name not in MODELS:
                 known = ", ".join(MODELS)
                 raise UnknownName(f"unknown model '{self.name}'; known: {known}, or package.module:factory")
-            entry = MODELS[self.name]
-            full = entry.checked(dict(given))
-            given = tuple((n, full[n]) for n, _ in given if full[n] != entry.options[n].default)
+            given = _chosen(MODELS[self.name], MODELS[self.name].checked(dict(given)))
         object.__setattr__(self, "options", given)
 
 
@@ -230,14 +225,9 @@ class Schedule:
 class Objective:
     """What training minimizes: a method's terms with their weights, and the settings of these terms.
 
-    Args:
-        method: Name in `sdecor.registers.METHODS`.
-        weights: Weights in place of the method's own, by term; 0 leaves a term out.
-        settings: Options of the terms, such as ``fraction=0.3``; those of a term that is left out are dropped.
-
-    Attributes:
-        terms: Term to weight, those left out excepted.
-        settings: Every option of these terms to its value.
+    `weights` come in place of the method's own, by term; 0 leaves a term out. `settings` are options of the terms, such
+    as ``fraction=0.3``; those of a term that is left out are dropped. The attribute ``terms`` has the weights of the
+    terms that are left, and ``settings`` all their options.
 
     Example:
         >>> Objective("consistency-absolute", {"consistency": 3}).terms
@@ -278,8 +268,8 @@ class Objective:
 
     def difference(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The weights and the settings that are not the method's own."""
-        own, options = METHODS[self.method], _settings_of(self.method)
-        plain = {name: own.settings.get(name, option.default) for name, option in options.items()}
+        own = METHODS[self.method]
+        plain = {name: option.default for name, option in _settings_of(self.method).items()} | {**own.settings}
         weights = {name: weight for name, weight in self.weights.items() if weight != own.terms[name]}
         return weights, {name: value for name, value in self.settings.items() if value != plain[name]}
 
@@ -294,12 +284,11 @@ class Objective:
 
 
 def _settings_of(method: str) -> dict[str, Option]:
-    """Options of a method's terms."""
+    """Options of a method's terms; of two with one name the first counts."""
     options: dict[str, Option] = {}
     for term in METHODS[method].terms:
-        options = {**TERMS[term].options, **options}
-    order = [name for term in METHODS[method].terms for name in TERMS[term].options]
-    return {name: options[name] for name in order}
+        options |= {**TERMS[term].options, **options}
+    return options
 
 
 @described
@@ -310,12 +299,12 @@ class Run:
     `Run.of` makes one from flat names (``Run.of(data="mnist", lr=2e-3)``), which the command line and plans use too.
     """
 
-    data: Data = field(default_factory=Data, metadata={"help": "The images."})
-    model: Model = field(default_factory=Model, metadata={"help": "The network."})
+    data: Data = setting(Data, "The images.")
+    model: Model = setting(Model, "The network.")
     method: str = setting("standard", "Name in the register of methods.")
     weights: Pairs = setting((), "Weights of terms in place of the method's own.")
     settings: Pairs = setting((), "Options of the method's terms.")
-    schedule: Schedule = field(default_factory=Schedule, metadata={"help": "How long and how fast to train."})
+    schedule: Schedule = setting(Schedule, "How long and how fast to train.")
     seed: Annotated[int, Between(0)] = setting(0, "Of initialization, order and masks.")
     evaluate_on: Annotated[str, OneOf(("val", "test"))] = setting("test", "test for final numbers, val for choices.")
     objective: Objective = field(init=False, repr=False)
@@ -332,14 +321,26 @@ class Run:
     @classmethod
     def of(cls, **flat: Any) -> Run:
         """A run from flat names."""
-        return _changed(None, flat)
+        return Run()._changed({"weights": (), "settings": (), **flat})
 
     def but(self, **flat: Any) -> Run:
         """The same run with some settings changed, by flat names; another method keeps what fits of the others."""
         if flat.get("method", self.method) != self.method:
             weights, settings = fitting(flat["method"], dict(self.weights), dict(self.settings))
             flat = {"weights": weights, "settings": settings, **flat}
-        return _changed(self, flat)
+        return self._changed(flat)
+
+    def _changed(self, flat: Mapping[str, Any]) -> Run:
+        parts: dict[str, dict[str, Any]] = {name: {} for name in ("", *NESTED)}
+        for name, value in flat.items():
+            if name not in _flat():
+                raise ValueError(f"unknown setting '{name}'; known: {', '.join(_flat())}")
+            part, f = _flat()[name]
+            parts[part][f.name] = value
+        if "name" in parts["data"]:
+            parts["data"].setdefault("fingerprint", "")
+        own = {part: replace(getattr(self, part), **parts[part]) for part in NESTED if parts[part]}
+        return replace(self, **parts[""], **own)
 
     @property
     def thorough(self) -> bool:
@@ -361,9 +362,9 @@ class Run:
 
     def difference(self) -> dict[str, Any]:
         """What differs from the defaults, by flat names; the files of a folder stand for its path."""
-        out = {n: v for n, v in self._values().items() if v != _flat()[n][1].default}
-        own = dict(zip(("weights", "settings"), self.objective.difference(), strict=True))
-        out = {n: v for n, v in out.items() if n not in own} | {n: v for n, v in own.items() if v}
+        weights, settings = self.objective.difference()
+        values = {**self._values(), "weights": weights or (), "settings": settings or ()}
+        out = {n: v for n, v in values.items() if v != _flat()[n][1].default}
         return out | ({"data": "folder"} if self.data.path else {})
 
     @cached_property
@@ -418,22 +419,6 @@ def flat_options() -> dict[str, Option]:
     return {name: replace(option, name=name) for name, option in found.items()}
 
 
-def _changed(run: Run | None, flat: Mapping[str, Any]) -> Run:
-    """A run, or the default one, with settings changed by flat names."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in flat.items():
-        if name not in _flat():
-            raise ValueError(f"unknown setting '{name}'; known: {', '.join(_flat())}")
-        part, f = _flat()[name]
-        parts.setdefault(part, {})[f.name] = value
-    own = parts.pop("", {})
-    if run is not None and "name" in parts.get("data", {}):
-        parts["data"].setdefault("fingerprint", "")
-    for part, values in parts.items():
-        own[part] = NESTED[part](**values) if run is None else replace(getattr(run, part), **values)
-    return Run(**own) if run is None else replace(run, **own)
-
-
 def fitting(
     method: str, weights: Mapping[str, float], settings: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -444,11 +429,7 @@ def fitting(
 
 
 def method_grid(seeds: Iterable[int], methods: Iterable[str] | None = None, **flat: Any) -> list[Run]:
-    """Runs of every method with every seed, all else equal; weights and settings go to the methods that have them.
-
-    Raises:
-        ValueError: If no method has one of them, or a value is impossible.
-    """
+    """Runs of every method with every seed, all else equal; weights and settings go to the methods that have them."""
     names = list(METHODS if methods is None else methods)
     given = [dict(pairs(flat.pop(name, ()), name)) for name in ("weights", "settings")]
     fits = {name: fitting(name, *given) for name in names}

@@ -79,22 +79,12 @@ def decov(x: Tensor) -> Tensor:
 def decorrelation(
     z: Tensor, *, kind: str = "correlation", group_size: int | None = 16, layer: str = "features"
 ) -> Tensor:
-    """How far the channels of `z` are from uncorrelated, averaged over groups.
+    """How far the channels of `z` are from uncorrelated, averaged over groups: a scalar >= 0, float32 or float64.
 
-    Args:
-        z: Features ``(B, C)`` or ``(B, C, H, W)``; every position of a map counts as a sample.
-        kind: Name of a penalty.
-        group_size: Channels per group; None for one group of all channels.
-        layer: Name used in error messages.
-
-    Returns:
-        Scalar >= 0, float32 or float64.
-
-    Raises:
-        ValueError: If `kind` is unknown, or as `sdecor.whitening.grouped`.
-
-    Source:
-        The role of the term is that of SaliencyDecor (arXiv:2604.25315); its exact form there is not public.
+    Of features ``(B, C)`` or ``(B, C, H, W)`` every position of a map counts as a sample. `kind` names a penalty,
+    `group_size` is the channels per group (None for all), and `layer` is named in errors, which are those of
+    `sdecor.whitening.grouped`. The role of the term is that of SaliencyDecor (arXiv:2604.25315); its exact form there
+    is not public.
 
     Example:
         >>> z = torch.tensor([[1., 1.], [-1., -1.], [1., 1.], [-1., -1.]])

@@ -11,16 +11,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from sdecor._files import locked
 from sdecor.config import Run
 from sdecor.evaluation import exhibit, measure
-from sdecor.images import ImageData, ImageStream
 from sdecor.models import build
 from sdecor.prepare import data_of, without_removal
 from sdecor.store import SHAPE, Record, Store, environment
-from sdecor.training import History, device_of, fit
+from sdecor.training import device_of, fit
 
 
 def execute(
@@ -37,10 +35,7 @@ def execute(
     """Do `run` unless its record is in `store`; continue it if it was interrupted.
 
     `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled` and `progress` are those of
-    `sdecor.training.fit`.
-
-    Returns:
-        The record; None only if another process is at it and `wait` is off.
+    `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off.
     """
     checkpoint = store.checkpoint(run)
     record = store.record(run)
@@ -63,43 +58,28 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
         execute(without_removal(run), store, root=root, **how)
     splits = ("train", run.evaluate_on)
     train, held_out = (data_of(run, store, split, root=root, device=how["device"]) for split in splits)
+    shape: dict[str, int] = {name: getattr(train, name) for name in SHAPE}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = build(run.model.name, *(getattr(train, name) for name in SHAPE), **dict(run.model.options))
+        model = build(run.model.name, *shape.values(), **dict(run.model.options))
     history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=store.checkpoint(run), **how)
     layers = run.objective.settings.get("layers", ())
     metrics, curves = measure(model, held_out, layers=layers, device=where, thorough=run.thorough)
     shown = exhibit(model, held_out, device=where) if run.thorough else None
     took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
-    content = _weights(model)
+    seconds = {name: round(value, 1) for name, value in took.items()}
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    content = safetensors.torch.save(state)
     record = Record(
         run=run,
         metrics=metrics,
-        curves={**_losses(history), **curves},
-        shape=_shape(train),
-        environment={
-            **environment(where),
-            "amp": how["amp"],
-            "compiled": how["compiled"],
-            **{name: round(value, 1) for name, value in took.items()},
-        },
+        curves={**{f"loss_{name}": values for name, values in history.terms.items()}, **curves},
+        shape=shape,
+        environment={**environment(where), "amp": how["amp"], "compiled": how["compiled"], **seconds},
         weights_sha256=hashlib.sha256(content).hexdigest(),
     )
     store.write(record, content, shown)
     return record
-
-
-def _weights(model: nn.Module) -> bytes:
-    state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-    return safetensors.torch.save(state)
-
-
-def _losses(history: History) -> dict[str, list[float]]:
-    return {f"loss_{name}": values for name, values in history.terms.items()}
-
-
-def _shape(data: ImageData | ImageStream) -> dict[str, int]:
-    return {name: getattr(data, name) for name in SHAPE}
 
 
 def grid(
@@ -117,9 +97,8 @@ def grid(
         context = multiprocessing.get_context("spawn")
         how = {**settings, "threads": threads or 1}
         places = devices(how.get("device", "cpu"), min(workers, len(todo)))
-        processes = [
-            context.Process(target=grid, args=(todo, store), kwargs={**how, "device": place}) for place in places
-        ]
+        how_at = [{**how, "device": place} for place in places]
+        processes = [context.Process(target=grid, args=(todo, store), kwargs=each) for each in how_at]
         for p in processes:
             p.start()
         for p in processes:

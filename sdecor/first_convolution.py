@@ -19,17 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def gradient_by_input(g: Tensor, weight: Tensor, padding: tuple[int, int], shape: torch.Size, block: int) -> Tensor:
-    """Gradient of a convolution of stride 1 by its input, a square of ``block`` pixels a side at once.
+    """Gradient of a convolution of stride 1 by its input, a square of `block` pixels a side at once.
 
-    Args:
-        g: Gradient by the output ``(B, K, H', W')``.
-        weight: ``(K, C, h, w)``.
-        padding: Of the convolution, by zeros.
-        shape: Of the input ``(B, C, H, W)``.
-        block: Side of the square.
-
-    Returns:
-        ``(B, C, H, W)``, differentiable by `g` and `weight`.
+    Of the gradient `g` by the output ``(B, K, H', W')``, the weight ``(K, C, h, w)``, the padding by zeros, and the
+    shape of the input ``(B, C, H, W)``, which the result has; it is differentiable by `g` and `weight`.
     """
     (channels, h, w), (high, wide) = weight.shape[1:], shape[2:]
     kernel, rest, places = weight.flip(2, 3).transpose(0, 1), block - 1, range(block)
@@ -69,11 +62,9 @@ class _Convolution(torch.autograd.Function):
 class FirstConvolution(TorchFunctionMode):
     """While it is active, convolutions of these very images are given the quick backward pass, where it pays.
 
-    That is on a CPU, for images of at most four channels, and kernels of stride 1 that are larger than a pixel. Of the
-    graph made meanwhile, what is differentiated under `slope` goes to the images, and all else to the weights.
-
-    Args:
-        images: ``(B, C, H, W)``, a leaf that requires a gradient.
+    The images ``(B, C, H, W)`` are a leaf that requires a gradient. It pays on a CPU, for at most four channels, and
+    kernels of stride 1 that are larger than a pixel. Of the graph made meanwhile, what is differentiated under `slope`
+    goes to the images, and all else to the weights.
     """
 
     def __init__(self, images: Tensor) -> None:

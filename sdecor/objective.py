@@ -70,14 +70,9 @@ class Step:
     One clean forward pass gives the logits, the features and the input gradient; each kind of masked images takes one
     more. Masks are constants: nothing is differentiated through the choice of pixels.
 
-    Args:
-        model: Classifier ``(B, C, H, W) -> (B, K)`` in the mode it is to be trained in.
-        images: ``(B, C, H, W)``; not modified.
-        target: True classes ``(B,)``.
-        layers: Whose features are wanted.
-        captured: Dictionary of an open `capture` of these layers.
-        generator: For everything that is drawn, on the device of `images`.
-        differentiable: Whether the input gradient may be asked for.
+    A step is made of a classifier ``(B, C, H, W) -> (B, K)`` in its mode for training, images ``(B, C, H, W)`` and true
+    classes ``(B,)``; the layers whose features are wanted, and the dictionary of an open `capture` of these; a
+    generator on the device of the images; and whether the input gradient may be asked for.
     """
 
     def __init__(
@@ -97,10 +92,11 @@ class Step:
         self._input = images.detach().requires_grad_() if differentiable else images
         self._kept: dict[Any, Any] = {}
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]
+        made: Tensor = self._kept[key]
+        return made
 
     @cached_property
     def logits(self) -> Tensor:
@@ -139,21 +135,14 @@ class Step:
 
     def score(self, kind: str) -> Tensor:
         """Score of each pixel ``(B, H, W)``, by the name of a score."""
-
-        def make() -> Tensor:
-            entry, given = SCORES[kind], {"images": self.images, "generator": self.generator}
-            if "gradient" in entry.parameters:
-                given["gradient"] = self.saliency
-            scored: Tensor = entry.ask(given)
-            return scored
-
-        made: Tensor = self._once(("score", kind), make)
-        return made
+        entry, given = SCORES[kind], {"images": self.images, "generator": self.generator}
+        if "gradient" in entry.parameters:
+            given["gradient"] = self.saliency
+        return self._once(("score", kind), lambda: entry.ask(given))
 
     def mask(self, kind: str, fraction: float) -> Tensor:
         """The lowest-scoring share of each image's pixels, boolean ``(B, H, W)``."""
-        made: Tensor = self._once(("mask", kind, fraction), lambda: lowest(self.score(kind), fraction))
-        return made
+        return self._once(("mask", kind, fraction), lambda: lowest(self.score(kind), fraction))
 
     def masked_logits(self, kind: str, fraction: float, fill: str, value: float = 0.0) -> Tensor:
         """Logits of the images whose lowest-scoring share is replaced ``(B, K)``; running averages stay as they are."""
@@ -166,8 +155,7 @@ class Step:
                 out: Tensor = self.model(masked(self.images, mask, filling))
             return out
 
-        made: Tensor = self._once(("logits", kind, fraction, fill, value), make)
-        return made
+        return self._once(("logits", kind, fraction, fill, value), make)
 
 
 def divergence(logits: Tensor, logits_masked: Tensor, direction: str = "clean_to_masked") -> Tensor:
@@ -232,37 +220,21 @@ def masked_classification(
     return cross_entropy(full_precision(logits), step.target)
 
 
-_BOTH = {classification: 1, consistency: 1, decorrelation: 1}
-_PAPER, _GUIDED = "arXiv:2604.25315", "arXiv:2111.14338"
+_GUIDED, _BOTH = {classification: 1, consistency: 1}, {classification: 1, consistency: 1, decorrelation: 1}
+_PAPER = "arXiv:2604.25315"
 METHODS["standard"] = Method({classification: 1}, colour="#000000")
 METHODS["decorrelation"] = Method(
     {classification: 1, decorrelation: 1}, label="decorrelation only", source=_PAPER, colour="#009e73", dash="--"
 )
-METHODS["consistency-absolute"] = Method(
-    {classification: 1, consistency: 1},
-    settings={"score": "absolute"},
-    label="consistency, absolute mask",
-    source=_GUIDED,
-    colour="#56b4e9",
-    dash="-.",
-)
-METHODS["consistency-signed"] = Method(
-    {classification: 1, consistency: 1},
-    settings={"score": "signed"},
-    label="consistency, signed mask",
-    source=_GUIDED,
-    colour="#e69f00",
-    dash="-.",
-)
-METHODS["saliencydecor-absolute"] = Method(
-    _BOTH, settings={"score": "absolute"}, label="both, absolute mask", source=_PAPER, colour="#0072b2"
-)
-METHODS["saliencydecor-signed"] = Method(
-    _BOTH, settings={"score": "signed"}, label="both, signed mask", source=_PAPER, colour="#d55e00"
-)
+for _score, _colour in {"absolute": "#56b4e9", "signed": "#e69f00"}.items():
+    _how: dict[str, Any] = {"settings": {"score": _score}, "label": f"consistency, {_score} mask", "dash": "-."}
+    METHODS[f"consistency-{_score}"] = Method(_GUIDED, source="arXiv:2111.14338", colour=_colour, **_how)
+for _score, _colour in {"absolute": "#0072b2", "signed": "#d55e00"}.items():
+    _how = {"settings": {"score": _score}, "label": f"both, {_score} mask"}
+    METHODS[f"saliencydecor-{_score}"] = Method(_BOTH, source=_PAPER, colour=_colour, **_how)
 # Controls: what consistency does that is not owed to saliency.
 METHODS["consistency-random"] = Method(
-    {classification: 1, consistency: 1}, settings={"score": "random"}, label="consistency, random mask", dash="-."
+    _GUIDED, settings={"score": "random"}, label="consistency, random mask", dash="-."
 )
 METHODS["noise"] = Method({classification: 1, masked_classification: 1}, label="noise augmentation", dash=":")
 
@@ -278,12 +250,9 @@ def losses(
 ) -> dict[str, Tensor]:
     """All terms of one step; call ``["total"].backward(inputs=parameters)`` on the result.
 
-    Naming the parameters spares the gradient by the images, which nobody needs a second time. The arguments
-    are those of a `Step`, the objective, and the dictionary of a `capture` that is already open, as a compiled model
-    needs; None opens one.
-
-    Returns:
-        The unweighted terms by name, and their weighted sum as ``total``: scalars with a graph.
+    Naming the parameters spares the gradient by the images. The arguments are those of a `Step`, the objective, and the
+    dictionary of a `capture` that is already open, as a compiled model needs; None opens one. The result has the
+    unweighted terms by name, and their weighted sum as ``total``: scalars with a graph.
     """
     layers = layers_of(model, objective)
     if layers and features is None:
@@ -291,21 +260,16 @@ def losses(
             return losses(model, x, y, objective, generator=generator, features=features)
     asks = any(TERMS[name].gradient for name in objective.terms)
     step = Step(model, x, y, layers=layers, captured=features, generator=generator, differentiable=asks)
-    out: dict[str, Tensor] = {}
-    weighted = []
-    for name, weight in objective.terms.items():
-        out[name] = TERMS[name].function(step, **objective.of(name))
-        weighted.append(out[name] if weight == 1 else weight * out[name])
-    out["total"] = sum(weighted[1:], weighted[0])
-    return out
+    out: dict[str, Tensor] = {name: TERMS[name].function(step, **objective.of(name)) for name in objective.terms}
+    first, *others = (out[n] if weight == 1 else weight * out[n] for n, weight in objective.terms.items())
+    return {**out, "total": sum(others, first)}
 
 
 def layers_of(model: nn.Module, objective: Objective) -> tuple[str, ...]:
     """The layers whose features the terms look at: the setting ``layers``, or the default ones; none without it."""
     if "layers" not in objective.settings:
         return ()
-    # a compiled model prefixes its names
-    return objective.settings["layers"] or default_layers(getattr(model, "_orig_mod", model))
+    return objective.settings["layers"] or default_layers(getattr(model, "_orig_mod", model))  # of a compiled model
 
 
 __all__ = ["METHODS", "Objective", "Step", "capture", "divergence", "frozen_statistics", "losses", "term"]

@@ -82,14 +82,9 @@ def top_share(score: Tensor, fraction: float = 0.1) -> Tensor:
 def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float = 0.1) -> Figure:
     """Rows of methods; for each image its strongest gradients and its whole gradient map, side by side.
 
-    Args:
-        images: ``(B, H, W)`` or ``(B, 1 or 3, H, W)`` in [0, 1], a tensor or an array, shown in the first row.
-        scores: Name of a method, or any label, to non-negative scores ``(B, H, W)``, tensors or arrays of any float
-            type; each map is scaled by its own maximum.
-        fraction: Share of pixels shown in the left map of each pair.
-
-    Returns:
-        The figure.
+    Images ``(B, H, W)`` or ``(B, 1 or 3, H, W)`` in [0, 1] stand in the first row. Of each method's name, or any label,
+    there are non-negative scores ``(B, H, W)``, each map scaled by its own maximum; all may be tensors or arrays. The
+    left map of a pair shows that `fraction` of the pixels.
     """
     shown = torch.as_tensor(images).float().cpu()
     shown = shown.movedim(1, -1).squeeze(-1) if shown.ndim == 4 else shown
@@ -117,13 +112,9 @@ def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float 
 
 
 def bands(ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], **line: Any) -> None:
-    """Draw the mean of each method's curves and a band of one standard deviation over seeds.
+    """Draw the mean of each method's curves, one a seed at positions `x`, and a band of one standard deviation.
 
-    Args:
-        ax: Where to draw.
-        x: Positions ``(n,)``.
-        curves: Name of a method to curves, one a seed, each ``(n,)``.
-        line: Handed to ``ax.plot``, in place of what `style` says.
+    `line` goes to ``ax.plot``, in place of what `style` says.
     """
     for method, values in curves.items():
         v = np.asarray(values, dtype=float)

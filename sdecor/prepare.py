@@ -23,27 +23,20 @@ def data_of(
 ) -> ImageData | ImageStream:
     """The images and labels of a split as `run` has them.
 
-    If pixels are removed, the network that says which lies in `store`, and `device` is where it is asked.
-
-    Raises:
-        FileNotFoundError: If the data or that network are absent.
-        ValueError: If a folder is not the one that was described, or pixels are to be removed from streamed images.
+    If pixels are removed, the network that says which lies in `store`, and `device` is where it is asked. What is
+    absent is a FileNotFoundError; a folder that is not the one that was described, a ValueError.
     """
     d = run.data
     if d.path is not None and (found := fingerprint(d.path)) != d.fingerprint:
-        raise ValueError(
-            f"{d.path} has changed: its fingerprint is {found}, the run was described for {d.fingerprint}; "
-            "describe the run anew"
-        )
+        problem = f"its fingerprint is {found}, the run was described for {d.fingerprint}"
+        raise ValueError(f"{d.path} has changed: {problem}; describe the run anew")
     limit = d.limit if split == "train" else None
     data = load(d.name, root, split, limit=limit, **dict(d.options))
     if d.permuted_labels and split == "train":
         data = replace(data, labels=data.labels[permutation(len(data), run.seed)])
     if not d.removed:
         return data
-    model = None
-    if d.removed_by != "random":
-        model = store.model(without_removal(run)).to(device_of(device))
+    model = None if d.removed_by == "random" else store.model(without_removal(run)).to(device_of(device))
     return remove_salient(data, model, d.removed_by, d.removed)
 
 
@@ -63,19 +56,10 @@ def remove_salient(
 ) -> ImageData:
     """Replace the most salient pixels of every image by the mean colour: the data of remove and retrain (ROAR).
 
-    Args:
-        data: Images in memory; not changed. The result keeps its `object_masks`.
-        model: Classifier whose predicted class is explained; None removes pixels at random.
-        method: Name of an attribution, if there is a model.
-        fraction: Share of the pixels, in (0, 1).
-        batch_size: Images at a time.
-        seed: Of what the method draws, and of the random pixels.
+    The images must be in memory; the result is new and keeps their `object_masks`. The attribution `method` explains
+    the class that `model` predicts; without a model, pixels go at random. `fraction` is their share, in (0, 1).
 
-    Raises:
-        ValueError: If the images are streamed from files.
-
-    Source:
-        Hooker et al. 2019 (arXiv:1806.10758).
+    Source: Hooker et al. 2019 (arXiv:1806.10758).
     """
     if isinstance(data, ImageStream):
         raise ValueError("removed needs images in memory, and these are streamed; raise memory_limit")

@@ -103,11 +103,7 @@ class Option:
         return "|".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
 
     def checked(self, value: Any) -> Any:
-        """`value` in the option's own type; anything goes where the type is no plain one.
-
-        Raises:
-            ValueError: If it is of another type, outside the limits, or unknown.
-        """
+        """`value` in the option's own type, else ValueError; anything goes where the type is no plain one."""
         kinds, limits = _parts(self.hint)
         if value is None and type(None) in kinds:
             return None
@@ -131,7 +127,7 @@ class Option:
 
     def of_text(self, text: str) -> Any:
         """The value that `text` means, checked."""
-        kinds, _ = _parts(self.hint)
+        kinds = _parts(self.hint)[0]
         if text.lower() == "none" and type(None) in kinds:
             return None
         return self.checked(text if str in kinds else literal(text))
@@ -160,12 +156,9 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
         hints = typing.get_type_hints(owner, include_extras=True)
     except NameError:  # names that only a type checker imports
         hints = {}
-    found = {}
-    for p in inspect.signature(function).parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
-            guess = Any if p.default in (None, p.empty) else type(p.default)
-            found[p.name] = Option(p.name, p.default, hints.get(p.name, guess))
-    return found
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    guesses = {p.name: Any if p.default in (None, p.empty) else type(p.default) for p in own}
+    return {p.name: Option(p.name, p.default, hints.get(p.name, guesses[p.name])) for p in own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,16 +195,14 @@ class Entry:
     def ask(self, available: Mapping[str, Any]) -> Any:
         """Call the function with what it asks for, by the names of its parameters."""
         if unknown := [name for name in self.parameters if name not in available]:
-            known = ", ".join(available)
-            raise ValueError(f"{self.kind} '{self.name}' asks for '{unknown[0]}'; it can have: {known}")
+            raise ValueError(f"{self.kind} '{self.name}' asks for '{unknown[0]}'; it can have: {', '.join(available)}")
         return self.function(**{name: available[name] for name in self.parameters})
 
     def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """A value for every option: the given ones, checked, and the defaults of the others."""
-        for name in given:
-            if name not in self.options:
-                known = ", ".join(self.options) or "none"
-                raise ValueError(f"{self.kind} '{self.name}' has no option '{name}'; it has: {known}")
+        if unknown := [name for name in given if name not in self.options]:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"{self.kind} '{self.name}' has no option '{unknown[0]}'; it has: {known}")
         return {n: o.checked(given[n]) if n in given else o.default for n, o in self.options.items()}
 
 
@@ -334,7 +325,7 @@ class Method(Entry):
     def about(self) -> str:
         """The terms, their weights and settings."""
         total = " + ".join(f"{weight:g} {term}" for term, weight in self.terms.items())
-        return f"{self.title}: {total}" + "".join(f", {name}={value}" for name, value in self.settings.items())
+        return ", ".join([f"{self.title}: {total}", *(f"{name}={value}" for name, value in self.settings.items())])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ _OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective ran
 _ENDS = ("mean", "low", "high")
 
 
-# --- the frame ------------------------------------------------------------------------------------------------------
+_wrapped = partial(textwrap.fill, break_on_hyphens=False)
 
 
 def frame(records: Iterable[Record], extra: Mapping[str, Callable[[Record], float]] | None = None) -> pd.DataFrame:
@@ -76,7 +77,7 @@ def arms(frame: pd.DataFrame) -> pd.DataFrame:
         title = title if titles[title] == 1 else f"{title} ({method})"
         differ = _differing(rows)
         for place, row in zip(number[rows.index], rows[differ].to_dict("records"), strict=True):
-            said = [f"{name}={_text(value)}" for name, value in row.items() if not _missing(value)]
+            said = [f"{name}={_text(value)}" for name, value in row.items() if value == value]  # NaN: it lacks that
             names[place] = ", ".join([title, *said])
     return frame.assign(arm=number.map(names))[["arm", *settings, "seed", "measure", "value"]]
 
@@ -95,10 +96,6 @@ def _differing(rows: pd.DataFrame) -> list[str]:
     return found
 
 
-def _missing(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def _text(value: Any) -> str:
     """A setting, short but exact."""
     if isinstance(value, float):
@@ -109,21 +106,16 @@ def _text(value: Any) -> str:
 def curves(records: Iterable[Record], name: str, factor: float = 1.0) -> dict[str, list[list[float]]]:
     """Method to its curves of that name, one a seed, for `sdecor.plotting.bands`; methods without are left out."""
     out: dict[str, dict[Any, list[float]]] = {}
-    kinds: dict[str, set[Any]] = {}
-    rs = list(records)
-    for r in rs:
+    for r in (rs := list(records)):
         if name in r.curves:
-            out.setdefault(r.run.method, {})[r.run.seed] = [factor * v for v in r.curves[name]]
-            kinds.setdefault(r.run.method, set()).add(r.run.but(seed=0))
+            out.setdefault(r.run.method, {})[r.run] = [factor * v for v in r.curves[name]]
     if not out:
         known = ", ".join(dict.fromkeys(c for r in rs for c in r.curves))
         raise ValueError(f"no record has a curve '{name}'; there are: {known}")
-    if several := [method for method, found in kinds.items() if len(found) > 1]:
-        raise ValueError(f"runs of '{several[0]}' differ in more than the seed; give those of one arm a method")
+    for method, found in out.items():
+        if len({run.but(seed=0) for run in found}) > 1:
+            raise ValueError(f"runs of '{method}' differ in more than the seed; give those of one arm a method")
     return {method: list(found.values()) for method, found in out.items()}
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def _columns(columns: Columns) -> dict[str, tuple[str, float, int]]:
@@ -151,30 +143,21 @@ def _wide(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     return wide.where(np.isfinite(wide))
 
 
-def _seeds(frame: pd.DataFrame, *arms: str) -> int:
-    """How many seeds these arms share."""
-    return len(set.intersection(*(set(frame.loc[frame["arm"] == arm, "seed"]) for arm in arms)))
-
-
 def _of(n: int, seeds: int) -> str:
     return "" if n == seeds else f" ({n} of {seeds})"
 
 
-def _spread(values: list[float]) -> tuple[float, float]:
-    mean, sd = summary(values) if values else (math.nan, math.nan)
-    return mean, sd
-
-
 def table(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
     """Strings ``mean ± sd`` over seeds, a row an arm; a single seed has no ± and nothing defined a dash."""
-    out: dict[str, dict[str, str]] = {arm: {} for arm in frame["arm"].unique()}
+    out: dict[Any, dict[str, str]] = {arm: {} for arm in frame["arm"].unique()}
+    seeds = frame.groupby("arm")["seed"].nunique().to_dict()
     for measure, (heading, factor, digits) in _columns(columns).items():
         for arm, column in _wide(frame, measure).items():
-            values = (factor * column.dropna()).tolist()
-            mean, sd = _spread(values)
-            spread = f" ± {sd:.{digits}f}" if len(values) > 1 else ""
-            text = f"{mean:.{digits}f}{spread}{_of(len(values), _seeds(frame, str(arm)))}"
-            out[str(arm)][heading] = text if values else DASH
+            out[arm][heading] = DASH
+            if values := (factor * column.dropna()).tolist():
+                mean, sd = summary(values)
+                spread = f" ± {sd:.{digits}f}" if len(values) > 1 else ""
+                out[arm][heading] = f"{mean:.{digits}f}{spread}{_of(len(values), seeds[arm])}"
     return pd.DataFrame.from_dict(out, orient="index")
 
 
@@ -188,9 +171,6 @@ def overview(records: Iterable[Record]) -> pd.DataFrame:
     measures = {str(name): (str(name), 1.0, 4) for name in sorted(whole["measure"].unique())}
     out = first[named].assign(seeds=seeds).join(table(whole, measures))
     return out.where(out.notna(), DASH).sort_values(named, key=lambda column: column.map(str)).reset_index(drop=True)
-
-
-# --- differences ----------------------------------------------------------------------------------------------------
 
 
 def _arm(frame: pd.DataFrame, name: str) -> str:
@@ -221,28 +201,22 @@ def differences(
 ) -> pd.DataFrame:
     """Mean differences of arms, paired by seed, with their 95 % t interval and the p-value of the paired t test.
 
-    Args:
-        frame: See `frame`.
-        against: The reference of all other arms; or name to (arm, reference), as `pairs` gives it.
-        measures: Names.
-        family: Column that tells the families of tests for Holm's correction apart, such as ``arm``; by default all
-            rows are one family.
-
-    Returns:
-        A row for every pair and measure: ``name`` (of the pair), ``arm``, ``reference``, ``method``, ``measure``, ``n``
-        (pairs of seeds where both are defined), ``seeds`` (that both arms have), ``mean``, ``low``, ``high``, ``p`` and
-        ``p_holm``; NaN where seeds are too few.
+    `against` is the reference of all other arms, or name to (arm, reference), as `pairs` gives it. `family` names the
+    column, such as ``arm``, that tells the families of Holm's correction apart; by default all rows are one. A row for
+    every pair and measure has ``name`` (of the pair), ``arm``, ``reference``, ``method``, ``measure``, ``n`` (pairs of
+    seeds where both are defined), ``seeds`` (that both arms have), ``mean``, ``low``, ``high``, ``p`` and ``p_holm``,
+    NaN where seeds are too few.
     """
     asked = pairs(frame, against) if isinstance(against, str) else against
     known = {name: (_arm(frame, arm), _arm(frame, reference)) for name, (arm, reference) in asked.items()}
-    methods = dict(zip(frame["arm"], frame["method"], strict=True))
+    methods, seeds = frame.groupby("arm")["method"].first(), frame.groupby("arm")["seed"].agg(set)
     rows = []
     for measure in measures:
         wide = _wide(frame, measure)
         for name, (arm, reference) in known.items():
             both = wide[[arm, reference]].dropna()
             row = {"name": name, "arm": arm, "reference": reference, "method": methods[arm], "measure": measure}
-            rows.append({**row, "n": len(both), "seeds": _seeds(frame, arm, reference), **_compared(both)})
+            rows.append({**row, "n": len(both), "seeds": len(seeds[arm] & seeds[reference]), **_compared(both)})
     out = pd.DataFrame(rows)
     families = out.groupby(family or (lambda _: 0), sort=False)["p"]
     return out.assign(p_holm=families.transform(lambda p: holm(p.tolist()).numpy()))
@@ -253,8 +227,8 @@ def _compared(both: pd.DataFrame) -> dict[str, float]:
     if both.empty:
         return dict.fromkeys((*_ENDS, "p"), math.nan)
     rows = [("ab"[place], seed, "", v) for place, column in enumerate(both) for seed, v in both[column].items()]
-    row = compare(pd.DataFrame(rows, columns=["method", "seed", "metric", "value"]), "b").iloc[0]
-    return {"mean": row["difference"], "low": row["low"], "high": row["high"], "p": row["p"]}
+    found = compare(pd.DataFrame(rows, columns=["method", "seed", "metric", "value"]), "b")
+    return dict(found.rename(columns={"difference": "mean"}).iloc[0][[*_ENDS, "p"]])
 
 
 def _labels(differences: pd.DataFrame) -> pd.Series:
@@ -270,16 +244,13 @@ def difference_table(differences: pd.DataFrame, columns: Columns) -> pd.DataFram
     out: dict[str, dict[str, str]] = {label: {} for label in labels}
     for measure, (heading, factor, digits) in _columns(columns).items():
         for label in out:
+            out[label][heading] = DASH
             rows = differences[(labels == label) & (differences["measure"] == measure)]
-            out[label][heading] = _interval(rows.iloc[0], factor, digits) if len(rows) else DASH
+            for row in rows[:1].query("n > 0").to_dict("records"):
+                mean, low, high = (f"{factor * row[end]:+.{digits}f}" for end in _ENDS)
+                interval = f" [{low}, {high}]" if row["n"] > 1 else ""
+                out[label][heading] = mean + interval + _of(row["n"], row["seeds"])
     return pd.DataFrame.from_dict(out, orient="index")
-
-
-def _interval(row: Any, factor: float, digits: int) -> str:
-    if not row["n"]:
-        return DASH
-    mean, low, high = (f"{factor * row[end]:+.{digits}f}" for end in _ENDS)
-    return mean + (f" [{low}, {high}]" if row["n"] > 1 else "") + _of(row["n"], row["seeds"])
 
 
 def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> Figure:
@@ -338,10 +309,6 @@ def _panel(ax: Axes, rows: pd.DataFrame, labels: pd.Series, names: list[str], fa
     ax.set_xlabel("\n".join(_wrapped(note, 30) for note in notes), fontsize=9)
 
 
-def _wrapped(text: str, width: int) -> str:
-    return textwrap.fill(text, width, break_on_hyphens=False)
-
-
 def _directed(measure: str, heading: str) -> str:
     """The heading with an arrow to the better direction, if that is known."""
     if "↑" in heading or "↓" in heading:
@@ -350,27 +317,16 @@ def _directed(measure: str, heading: str) -> str:
     return f"{heading} {better}".rstrip()
 
 
-# --- into the page --------------------------------------------------------------------------------------------------
-
-
 def glue(name: str, value: float | str) -> None:
-    """Bind `value` to `name`, so that the text can quote it as ``{glue:text}`name:.2f```.
-
-    Writes the output that myst-nb looks for without needing myst-nb, so that a chapter also runs where it is not
-    installed.
-    """
+    """Bind `value` to `name`, so that the text can quote it as ``{glue:text}`name:.2f```, without needing myst-nb."""
     from IPython.display import display
 
-    display(
-        {"application/papermill.record/text/plain": repr(value if isinstance(value, str | int) else float(value))},
-        raw=True,
-        metadata={"scrapbook": {"name": name, "mime_prefix": "application/papermill.record/"}},
-    )
+    prefix, text = "application/papermill.record/", repr(value if isinstance(value, str | int) else float(value))
+    display({f"{prefix}text/plain": text}, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
 
 
 def _factor(measure: str, columns: Columns) -> float:
-    given = {**_PLAIN, **_columns(columns)}
-    return given[measure][1] if measure in given else 1.0
+    return {**_PLAIN, **_columns(columns)}.get(measure, ("", 1.0, 0))[1]
 
 
 def glue_values(frame: pd.DataFrame, columns: Columns = ()) -> None:
@@ -383,7 +339,8 @@ def glue_values(frame: pd.DataFrame, columns: Columns = ()) -> None:
     for measure in frame["measure"].unique():
         factor = _factor(measure, columns)
         for arm, column in _wide(frame, measure).items():
-            for part, number in zip(("value", "sd"), _spread(column.dropna().tolist()), strict=True):
+            values = column.dropna().tolist()
+            for part, number in zip(("value", "sd"), summary(values) if values else (), strict=False):
                 if not math.isnan(number):
                     glue(f"{names[str(arm)]}_{measure}_{part}", factor * number)
 

@@ -12,9 +12,9 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -79,8 +79,7 @@ class Record:
             record = cls(**{**values, "run": Run.from_dict(values["run"])})
             for part in (record.metrics, record.curves, record.environment):
                 part.items()
-            build_of = [record.shape[name] for name in SHAPE]
-            if not all(type(number) is int for number in build_of):
+            if not all(type(record.shape[name]) is int for name in SHAPE):
                 raise ValueError(f"its shape is {record.shape}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -132,7 +131,7 @@ class Store:
         files = {("weights", ".safetensors"): weights, ("exhibits", ".safetensors"): content}
         for (kind, suffix), part in {**files, ("results", ".json"): record.to_json().encode()}.items():
             if part is not None:
-                replace_atomically(self.path(kind, record.run, suffix), partial(_put, part))
+                replace_atomically(self.path(kind, record.run, suffix), methodcaller("write", part))
 
     def records(self) -> Iterator[Record]:
         """All readable records, in order of file name; the others are named in a warning and left where they are."""
@@ -160,10 +159,6 @@ class Store:
         if not path.exists():
             raise FileNotFoundError(f"no exhibit of {run.method}, seed {run.seed}: {path} is absent")
         return safetensors.torch.load(path.read_bytes())
-
-
-def _put(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
 
 
 def _read(path: Path) -> Record:

@@ -28,25 +28,15 @@ log = logging.getLogger("sdecor")
 
 @dataclass
 class History:
-    """Curves of one training run, one number an epoch.
+    """Curves of one training run, one number an epoch."""
 
-    Args:
-        terms: Name of each term of the method, unweighted, and ``total``, to its mean over the epoch's steps.
-        validation_accuracy: Share of right answers after the epoch, if there is validation data.
-        seconds: Duration of the epoch.
-    """
-
-    terms: dict[str, list[float]] = field(default_factory=dict)
-    validation_accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)  #: Means of the unweighted terms, and of ``total``.
+    validation_accuracy: list[float] = field(default_factory=list)  #: After the epoch, if there is validation data.
+    seconds: list[float] = field(default_factory=list)  #: Duration.
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`; ``auto`` takes a GPU if there is one.
-
-    Raises:
-        ValueError: If there is no such device, or ``cuda`` is asked for and absent.
-    """
+    """The device called `name`; ``auto`` takes a GPU if there is one. ValueError if it is unknown or absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -145,17 +135,17 @@ def fit(
     progress: bool | None = None,
     after_epoch: Callable[[int, History], None] | None = None,
 ) -> History:
-    """Train `model` in place.
+    """Train `model` in place, on `device`, and return the curves.
 
     Every epoch draws its order, masks and dropout from a seed made of `seed` and its number. So a run that was killed
     continues from the last finished epoch with the same bits as one that was not (on the CPU, same number of threads).
 
     Args:
-        model: Classifier; moved to `device`.
+        model: Classifier, initialized by the caller.
         train: Training images.
         objective: Terms and weights.
         schedule: Length, batch size, learning rate.
-        seed: Of everything random here. The initialization of `model` is the caller's.
+        seed: Of everything random here.
         device: ``cpu``, ``cuda`` or ``auto``.
         validation: Images whose accuracy is measured after each epoch.
         checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so.
@@ -164,12 +154,8 @@ def fit(
         progress: Show a bar; None shows it on a terminal only.
         after_epoch: Called with the number of finished epochs and the history.
 
-    Returns:
-        The curves.
-
     Raises:
-        ValueError: If there are no images, the device is absent, a layer is unknown, labels do not fit the logits, or
-            `checkpoint` is of a run with other settings.
+        ValueError: If anything does not fit: images, device, layers, labels, or a `checkpoint` of other settings.
         OSError: If the checkpoint cannot be written; the one before it is then still there.
         FloatingPointError: If a loss term is not finite; names the term and the step.
     """
@@ -188,7 +174,9 @@ def fit(
         stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
         features = stack.enter_context(capture(model, layers_of(model, objective)))
         forward = stack.enter_context(_compiled(model)) if compiled else model
-        bar = stack.enter_context(_bar(plan.epochs * steps, done * steps, progress))
+        hidden = None if progress is None else not progress
+        bar = tqdm(total=plan.epochs * steps, initial=done * steps, unit="step", leave=False, disable=hidden)
+        stack.enter_context(bar)
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
             order, noise = _draws(seed, epoch, where)
@@ -230,10 +218,6 @@ def _compiled(model: nn.Module) -> Iterator[Any]:
         yield torch.compile(model, dynamic=False)  # not the default, so that no graph is taken that ignores the hooks
 
 
-def _bar(total: int, initial: int, show: bool | None) -> Any:
-    return tqdm(total=total, initial=initial, unit="step", leave=False, disable=None if show is None else not show)
-
-
 def _draws(seed: int, epoch: int, where: torch.device) -> tuple[torch.Generator, torch.Generator]:
     """Sources of order and augmentation, and of masks; torch's global state, for dropout, is set too."""
     draw = torch.manual_seed(seed * 1_000_003 + epoch).initial_seed()
@@ -255,14 +239,7 @@ def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: 
 def evaluate(
     model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 1000, device: str = "cpu"
 ) -> dict[str, float]:
-    """Accuracy and cross-entropy on `data`, in evaluation mode; the model's flags are restored.
-
-    Returns:
-        ``{"accuracy": share in [0, 1], "cross_entropy": nats}``.
-
-    Raises:
-        ValueError: If `data` is empty or the device is absent.
-    """
+    """``accuracy`` in [0, 1] and ``cross_entropy`` in nats, in evaluation mode; the model's flags are restored."""
     where = device_of(device)
     if len(data) == 0:
         raise ValueError("data holds no images to evaluate on")

@@ -6,16 +6,14 @@ are replaced is no natural image, and the answer depends on the fill: report whi
 
 Functions that run a model share their arguments:
 
-- ``model``: classifier of ``images`` (B, C, H, W), as it takes them and on its device; evaluated in eval mode, modes
-  and flags are restored;
+- ``model``: classifier of ``images`` (B, C, H, W), as it takes them and on its device; modes and flags are restored;
 - ``target``: class whose output is read, whole numbers, (B,); ``output``: its `"probability"`, its `"logit"`, or
   `"correct"`, which is 1 where it is the prediction and else 0;
-- ``attribution`` or ``saliency``: any sign, higher is more salient, (B, H, W). Equal values come in one random order,
-  the same for all images; so does `order="random"`, beside `"most"` and `"least"` salient first;
+- ``attribution`` or ``saliency``: any sign, higher is more salient, (B, H, W); equal values come in random order;
 - ``fill``: name in `sdecor.registers.FILLS`, or `"linear"` (`sdecor.masking.impute`), or a tensor that broadcasts to
-  `images`; ``fill_value`` is that of `"constant"`. Noise is common to all images;
+  `images`; ``fill_value`` is that of `"constant"`;
 - ``batch_size``: rows per forward pass; the result does not depend on it up to rounding in the model;
-- ``generator``: source of noise and order, on any device; torch's global CPU generator by default.
+- ``generator``: source of noise and order, the same for all images; torch's global CPU generator by default.
 
 They raise ValueError for shapes that do not fit, numbers out of range, NaN and infinity, unknown names, and a target
 that is no class of the model. Scores are (B,) float64; those of a curve are in [0, 1], or [-1, 1], if it is one of
@@ -42,9 +40,11 @@ from sdecor.saliency import frozen_eval
 ORDERS = ("most", "least", "random")
 STEPS = tuple(i / 10 for i in range(11))
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
+_Spans = Sequence[tuple[int, int]]
+_Filling = tuple[Tensor, bool]
 _OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "probability": lambda logits, target: logits.double().softmax(1).gather(1, target[:, None])[:, 0],
-    "logit": lambda logits, target: logits.double().gather(1, target[:, None])[:, 0],
+    "probability": lambda logits, target: logits.softmax(1).gather(1, target[:, None])[:, 0],
+    "logit": lambda logits, target: logits.gather(1, target[:, None])[:, 0],
     "correct": lambda logits, target: logits.argmax(1) == target,
 }
 
@@ -66,13 +66,12 @@ def perturbation_curve(
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Output of the target class while a growing share of the image is replaced in order of attribution.
+    """Output of the target class, (B, len(fractions)) float64, while a growing share of the image is replaced.
 
-    The `order` is that of the `"most"` or `"least"` salient pixels first, or `"random"`, which does not look at the
-    attribution; with `own_order` each image has a random order of its own. With `insert`, pixels of the replaced image
-    are put back instead. The `fractions`, in [0, 1], are rounded to a whole number of pixels, or of square patches of
-    side `patch`, which divides H and W: they are ranked by their mean attribution and go together. It gives
-    (B, len(fractions)) float64. Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820 (arXiv:1509.06321).
+    The `order` is that of the `"most"` or `"least"` salient pixels first, or `"random"`; with `own_order` each image
+    has a random order of its own. With `insert`, pixels of the replaced image are put back instead. The `fractions`, in
+    [0, 1], are rounded to a whole number of pixels, or of square patches of side `patch`, ranked by their mean.
+    Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820 (arXiv:1509.06321).
     """
     _check(images, target, attribution, batch_size)
     for fraction in fractions:
@@ -120,14 +119,9 @@ def curves(
 
 @measure("deletion", better="lower", low=0, high=1)
 def deletion(most: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
-    """Area under the curve of replacing the most salient pixels first, by trapezoids; lower is better.
+    """Area under the curve (B, F) of replacing the most salient pixels first, at `fractions` from 0 to 1.
 
-    The curve is (B, F), with a column for each of the `fractions`, from 0 to 1.
     Source: Petsiuk et al. 2018 (arXiv:1806.07421).
-
-    Example:
-        >>> deletion(torch.tensor([[1.0, 0.5, 0.0]]), [0.0, 0.5, 1.0]).item()
-        0.5
     """
     return _area(most, fractions, "most")
 
@@ -142,8 +136,7 @@ def insertion(back: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
 def area_between(most: Tensor, least: Tensor, fractions: Sequence[float] = STEPS) -> Tensor:
     """Area between the curves of replacing the least and the most salient pixels first, as in `deletion`.
 
-    It is 0 on average for a random order; higher is better. Replacing the least salient first passes through the images
-    of putting the most salient back first, in reverse: with one fill and no ties this is `insertion` less `deletion`.
+    It is 0 on average for a random order; with one fill and no ties it is `insertion` less `deletion`.
     Source: Schulz et al. 2020 (arXiv:2001.00396), without its scaling by the two ends.
     """
     return _area(least, fractions, "least") - _area(most, fractions, "most")
@@ -151,9 +144,8 @@ def area_between(most: Tensor, least: Tensor, fractions: Sequence[float] = STEPS
 
 @measure("comprehensiveness", better="higher", low=-1, high=1)
 def comprehensiveness(removed: Tensor) -> Tensor:
-    """Mean drop of the output when the most salient pixels are replaced; higher is better.
+    """Mean drop of the output when the most salient pixels are replaced, of a curve (B, 1 + F) at `(0, *SHARES)`.
 
-    The curve is (B, 1 + F), at `(0, *SHARES)`: the whole image comes first.
     Source: DeYoung et al. 2020 (arXiv:1911.03429), its shares of 1, 5, 10, 20 and 50 %.
     """
     return (removed[:, :1] - removed[:, 1:]).double().mean(1)
@@ -161,20 +153,14 @@ def comprehensiveness(removed: Tensor) -> Tensor:
 
 @measure("sufficiency", better="lower", low=-1, high=1)
 def sufficiency(kept: Tensor) -> Tensor:
-    """Mean drop of the output when only the most salient pixels are kept; lower is better.
-
-    The curve is (B, F + 1), with `insert=True` at `(*SHARES, 1)`: the whole image comes last.
-    Source: as `comprehensiveness`.
-    """
+    """Mean drop of the output when only the most salient pixels are kept, of a curve (B, F + 1) at `(*SHARES, 1)`."""
     return comprehensiveness(kept.flip(-1))
 
 
 @measure("monotonicity", better="higher", low=0, high=1)
 def monotonicity(most: Tensor) -> Tensor:
-    """Share of steps at which the output does not fall as pixels come back, least salient first; higher is better.
+    """Share of steps at which the output does not rise as the most salient pixels are replaced first.
 
-    Read backwards, that is the curve of replacing the most salient first, (B, F) at equally spaced shares: the share of
-    its steps that do not rise.
     Source: Arya et al. 2019 (arXiv:1909.03012), which asks whether this is 1, pixel by pixel.
     """
     return (most.diff(dim=1) <= 0).double().mean(1)
@@ -211,9 +197,8 @@ def infidelity(
     """Mean squared error of the attribution as a linear model of how the logit answers to small noise; lower is better.
 
     The attribution is signed, (B, C, H, W), or (B, H, W) for noise that is the same in all channels of a pixel. The
-    noise is normal with standard deviation `noise`, in units of `images`; its `draws`, from `seed`, are common to all
-    images. `normalize` scales each attribution by the factor that fits best, since many methods leave the scale open.
-    It is at least 0, in squared logits; a map of zeros gets the mean square of the change of the logit.
+    `draws` of noise, from `seed`, are normal with standard deviation `noise`, in units of `images`, and common to all.
+    `normalize` scales each attribution by the factor that fits best, since many methods leave the scale open.
     Source: Yeh et al. 2019 (arXiv:1901.09392), as in captum.
     """
     from captum.metrics import infidelity as of_captum  # takes seconds to import
@@ -225,26 +210,14 @@ def infidelity(
     drawn = noise * drawn.to(images.device)
     weight = _broadcast(weight * weight.shape[1] / images.shape[1], images, "attribution")
     result = torch.empty(len(images), dtype=torch.float64, device=images.device)
-
-    def logits(x: Tensor) -> Tensor:
-        out: Tensor = model(x).double()
-        _require_class(target, out)
-        return out
-
     with frozen_eval(model), torch.no_grad():
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            at_once = min(draws, max(1, batch_size // len(images[part])))
-            result[part] = of_captum(
-                logits,
-                partial(_shifted, iter(drawn.split(at_once))),
-                images[part],
-                weight[part].to(images.device, torch.float64),
-                target=target[part].to(images.device),
-                n_perturb_samples=draws,
-                max_examples_per_batch=at_once * len(images[part]),
-                normalize=normalize,
-            )
+            x, w, chosen = images[part], weight[part].to(images.device, torch.float64), target[part].to(images.device)
+            at_once = min(draws, max(1, batch_size // len(x)))
+            moved = partial(_shifted, iter(drawn.split(at_once)))
+            given = {"n_perturb_samples": draws, "max_examples_per_batch": at_once * len(x), "normalize": normalize}
+            result[part] = of_captum(partial(_logits, model, target), moved, x, w, target=chosen, **given)
     return result.clamp(min=0)  # captum's sum of squares, multiplied out, can round to less
 
 
@@ -290,10 +263,12 @@ def _check(images: Tensor, target: Tensor, score: Tensor, batch_size: int, name:
     require_finite(score, name)
 
 
-def _require_class(target: Tensor, logits: Tensor) -> None:
-    lowest, highest = int(target.min()), int(target.max())
+def _logits(model: nn.Module, target: Tensor, x: Tensor) -> Tensor:
+    """Logits of `x` in float64, if every `target` is a class of the model."""
+    logits, lowest, highest = model(x).double(), int(target.min()), int(target.max())
     if lowest < 0 or highest >= logits.shape[1]:
         raise ValueError(f"target must lie in 0..{logits.shape[1] - 1}, got {lowest}..{highest}")
+    return logits
 
 
 def _broadcast(fill: Tensor, images: Tensor, name: str) -> Tensor:
@@ -347,43 +322,38 @@ def _fill(images: Tensor, fill: str | Tensor, value: float, generator: torch.Gen
 
 def _outputs(
     model: nn.Module,
-    images: Tensor,
+    x: Tensor,
     target: Tensor,
     ranks: Tensor,
-    spans: Sequence[tuple[int, int]],
-    fill: tuple[Tensor, bool],
+    spans: _Spans,
+    fill: _Filling,
     output: str,
     batch_size: int,
 ) -> Tensor:
     """Output of the target class for every image and each of S spans of replaced pixels, (B, S) float64.
 
     A pixel is replaced if ``first <= rank < last`` for the pair of the span, its rank being one of `ranks`,
-    (1 or S, 1 or B, 1, H, W). What `fill` replaces it with is from `_fill`. Where images are few, several spans go into
-    one forward pass.
+    (1 or S, 1 or B, 1, H, W). Where images are few, several spans go into one forward pass.
     """
     OneOf(_OUTPUTS).check("output", output)
     new, linear = fill
-    first, last = torch.tensor(spans, device=images.device).view(-1, 2, 1, 1, 1, 1).unbind(1)
-    ranks = ranks.expand(len(spans), len(images), *ranks.shape[2:])
-    result = torch.empty(len(images), len(spans), dtype=torch.float64, device=images.device)
+    first, last = torch.tensor(spans, device=x.device).view(-1, 2, 1, 1, 1, 1).unbind(1)
+    ranks = ranks.expand(len(spans), len(x), *ranks.shape[2:])
+    result = torch.empty(len(x), len(spans), dtype=torch.float64, device=x.device)
     with frozen_eval(model), torch.no_grad():
-        for start in range(0, len(images), batch_size):
+        for start in range(0, len(x), batch_size):
             part = slice(start, start + batch_size)
-            x, put, chosen = images[part], new[part], target[part].to(images.device)
-            at_once = max(1, batch_size // len(x))
+            whole, put, chosen = x[part], new[part], target[part].to(x.device)
+            at_once = max(1, batch_size // len(whole))
             for j in range(0, len(spans), at_once):
                 some = slice(j, j + at_once)
                 replaced = (ranks[some, part] >= first[some]) & (ranks[some, part] < last[some])
-                batch = torch.where(replaced, put, x).flatten(0, 1)  # from (spans, images, C, H, W)
+                batch = torch.where(replaced, put, whole).flatten(0, 1)  # from (spans, images, C, H, W)
                 if linear:  # solved to well below the noise that is added
-                    holes = replaced.flatten(0, 1)
-                    whole = x.expand(len(replaced), *x.shape).flatten(0, 1)
-                    batch = impute(whole, holes[:, 0], noise=0, tolerance=1e-4)
-                    batch += (put * replaced).flatten(0, 1)
-                logits = model(batch)
-                _require_class(target, logits)
-                values = _OUTPUTS[output](logits, chosen.repeat(len(replaced)))
-                result[part, some] = values.view(len(replaced), len(x)).double().T
+                    images, holes = whole.repeat(len(replaced), 1, 1, 1), replaced.flatten(0, 1)[:, 0]
+                    batch = impute(images, holes, noise=0, tolerance=1e-4) + (put * replaced).flatten(0, 1)
+                values = _OUTPUTS[output](_logits(model, target, batch), chosen.repeat(len(replaced)))
+                result[part, some] = values.view(len(replaced), len(whole)).double().T
     return result
 
 

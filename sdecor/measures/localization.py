@@ -63,9 +63,8 @@ def pointing_game(saliency: Tensor, mask: Tensor) -> Tensor:
 
 @measure("AUROC", better="higher", low=0, high=1)
 def auroc(saliency: Tensor, mask: Tensor) -> Tensor:
-    """How likely a pixel of the object is higher than one of the background (half if equal).
+    """Area under the ROC curve: how likely a pixel of the object is higher than one of the background (half if equal).
 
-    This is the area under the ROC curve. Only the order of the pixels counts. Chance is 0.5 whatever the object's size.
     Source: Fawcett 2006, doi:10.1016/j.patrec.2005.10.010.
 
     Example:
@@ -93,8 +92,7 @@ def average_precision(saliency: Tensor, mask: Tensor) -> Tensor:
 def best_iou(saliency: Tensor, mask: Tensor) -> Tensor:
     """Intersection over union of object and the pixels at or above a threshold, the best over all thresholds.
 
-    The mask chooses each map's threshold, so this is an upper bound of what any rule for thresholds reaches. The lowest
-    threshold takes every pixel: no map scores below the object's share of the image.
+    The mask chooses each map's threshold: an upper bound of what any rule for thresholds reaches.
     Source: Jaccard 1912, doi:10.1111/j.1469-8137.1912.tb05611.x.
     """
     hits, taken = _thresholds(saliency, mask)
@@ -127,14 +125,12 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
 def mosaic(
     images: Tensor, target: Tensor, grid: int = 2, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Images for the grid pointing game: mosaics of images of different classes, one of them the target.
-
-    The images are (B, C, H, W), `target` their classes (B,), at least grid**2 different ones, and `grid` is the number
-    of images per side of a mosaic, at least 2; draws are from `generator`, on the CPU, torch's global one by default.
+    """Images for the grid pointing game: mosaics of images (B, C, H, W) of different classes, one of them the target.
 
     Given are mosaics (M, C, grid * H, grid * W), the target class of each (M,), and the mask of the target's cell
     (M, grid * H, grid * W), bool. No image is used twice, and M is the largest number possible: B // grid**2 unless few
-    classes hold most of the images. Which images meet, their places and the target's are random.
+    classes hold most of the images. Which images meet, their places and the target's are drawn from `generator`, on the
+    CPU, torch's global one by default. The classes `target` (B,) must be grid**2 or more, and the `grid` at least 2.
 
     Explain each mosaic's target class. The game's score is `relevance_mass(attribution.clamp(min=0), mask)`, the share
     of *positive* relevance in the target's cell, and chance is 1 / grid**2. The model must take images of that size.

@@ -2,8 +2,8 @@
 
 Features are (N, C), or (N, C, H, W), where every position counts as a sample. All measures look at the features only
 through their covariance, so that a data set of any size is measured in one pass, batch by batch: they take features or
-the `Covariance` of all of them, and give a float64 scalar. They raise ValueError for another shape, no samples, and NaN
-or infinite values.
+the `Covariance` of all of them, and give a float64 scalar, NaN if no feature varies. All but the correlation depend on
+the scale of each feature. They raise ValueError for another shape, no samples, and NaN or infinite values.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Covariance:
 def mean_abs_correlation(features: Tensor | Covariance) -> Tensor:
     """Mean absolute correlation between different features: 0 if uncorrelated, 1 if all are copies of one.
 
-    That of N independent Gaussian samples is not 0 but about sqrt(2 / (pi N)). Constant features are left out; it is
-    NaN if fewer than two features vary.
+    That of N independent Gaussian samples is about sqrt(2 / (pi N)). Constant features are left out; NaN for fewer than
+    two others.
     """
     matrix = _matrix(features)
     varies = matrix.diagonal() > 0
@@ -74,9 +74,8 @@ def mean_abs_correlation(features: Tensor | Covariance) -> Tensor:
 def effective_rank(features: Tensor | Covariance) -> Tensor:
     """Effective rank: the exponential of the entropy of the singular values of the centred features.
 
-    It is 1 if all features are multiples of one, C if all directions have equal variance, and NaN if no feature varies.
-    It depends on the scale of each feature: one loud feature lowers it. Source: Roy and Vetterli 2007, EUSIPCO,
-    pp. 606-610, https://ieeexplore.ieee.org/document/7098875; here of the centred data.
+    From 1 if all are multiples of one to C if all directions have equal variance; one loud feature lowers it.
+    Source: Roy and Vetterli 2007, EUSIPCO, https://ieeexplore.ieee.org/document/7098875; here of the centred data.
     """
     singular = _eigenvalues(features).sqrt()
     share = singular / singular.sum()
@@ -84,11 +83,10 @@ def effective_rank(features: Tensor | Covariance) -> Tensor:
 
 
 def participation_ratio(features: Tensor | Covariance) -> Tensor:
-    """Participation ratio: how many directions share the variance, by their squares; higher is more evenly spread.
+    """Participation ratio: how many directions share the variance, (sum l)^2 / sum l^2 of its eigenvalues l, 1 to C.
 
-    With the eigenvalues l of the covariance it is (sum l)^2 / sum l^2: 1 if all features are multiples of one, C if all
-    directions have equal variance. Small directions count less than in `effective_rank`. N samples of C independent
-    features of equal variance score not C but about N C / (N + C). It is NaN if no feature varies.
+    Small directions count less than in `effective_rank`. N samples of C independent features of equal variance score
+    not C but about N C / (N + C).
     Source: Gao et al. 2017, doi:10.1101/214262.
     """
     matrix = _matrix(features)
@@ -98,11 +96,9 @@ def participation_ratio(features: Tensor | Covariance) -> Tensor:
 def condition_number(features: Tensor | Covariance) -> Tensor:
     """Condition number of the covariance, its largest eigenvalue over its smallest; lower is whiter, and 1 is white.
 
-    It depends on the scale of each feature. Samples too few for the features raise it: N samples of C independent
-    features of equal variance have about ((1 + r) / (1 - r))^2 with r = sqrt(C / N), and with N <= C samples it is
-    infinite whatever the features. It is infinite too if a feature is constant or a sum of others, up to rounding, and
-    NaN if no feature varies.
-    Source: for the value of independent features Marchenko and Pastur 1967, doi:10.1070/SM1967v001n04ABEH001994.
+    It is infinite if a feature is constant or a sum of others, up to rounding, as where N <= C. N samples of C
+    independent features of equal variance have about ((1 + r) / (1 - r))^2 with r = sqrt(C / N).
+    Source: for this value Marchenko and Pastur 1967, doi:10.1070/SM1967v001n04ABEH001994.
     """
     eigenvalues = _eigenvalues(features)
     return eigenvalues[-1] / eigenvalues[0]
@@ -111,13 +107,10 @@ def condition_number(features: Tensor | Covariance) -> Tensor:
 def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
     """Linear centred kernel alignment: how alike two sets of features of the same samples are, in [0, 1].
 
-    It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, and 0 if no feature of one
-    correlates with one of the other; a general invertible map changes it. Two independent sets score not 0 but about
-    sqrt(A B / ((N + A) (N + B))) if they have A and B white features of N samples: near 1 where samples are few. It is
-    NaN if one set is constant.
-
     Given are both sets, or the `Covariance` of both side by side, ``torch.cat([a, b], 1)``, and the number of features
-    of the first. They must be of the same samples, and neither empty.
+    of the first. It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, 0 if no
+    feature of one correlates with one of the other, and NaN if one is constant. Two independent sets of A and B white
+    features of N samples score about sqrt(A B / ((N + A) (N + B))): near 1 where samples are few.
     Source: Kornblith et al. 2019, arXiv:1905.00414.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -42,7 +42,7 @@ def max_sensitivity(
     """Largest change of the explanation under small noise, relative to the explanation; lower is better.
 
     The max over `samples` of ``|maps_of(x + noise) - maps_of(x)| / |maps_of(x)|``, Euclidean, of noise uniform in
-    [-radius, radius] per value; more samples find larger changes. NaN where the explanation of the image is zero.
+    [-radius, radius] per value; NaN where the explanation of the image is zero.
     Source: Yeh et al. 2019, arXiv:1901.09392.
     """
     before, change, _ = _changes(maps_of, images, target, radius, samples, batch_size, seed)
@@ -62,9 +62,8 @@ def local_lipschitz(
 ) -> Tensor:
     """Largest change of the explanation under the noise of `max_sensitivity`, per change of the image; lower is better.
 
-    The max over `samples` of ``|maps_of(x + noise) - maps_of(x)| / |noise|``: a lower bound of the explanation's
-    Lipschitz constant around each image. It scales with the explanation: compare explanations of one scale only. NaN
-    where the noise is too small to change the image's floating point numbers.
+    The max over `samples` of ``|maps_of(x + noise) - maps_of(x)| / |noise|``: it scales with the explanation. NaN where
+    the noise is too small to change the image's floating point numbers.
     Source: Alvarez-Melis and Jaakkola 2018, arXiv:1806.08049.
     """
     _, change, distance = _changes(maps_of, images, target, radius, samples, batch_size, seed)
@@ -81,16 +80,13 @@ def attack(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Tensor:
-    """Find images close by that the model classifies alike but whose gradient map differs; see `explanation_shift`.
+    """Images (B, C, H, W) within `epsilon` of the given ones, classified alike but with another gradient map.
 
     Projected signed steps of epsilon / 2 raise 1 - cosine similarity of `pixel_score(input gradient of the target)`,
     from a small random start, since at the image itself it has no slope. ReLU has no second derivative: while a step is
     computed, every call of it (`nn.ReLU`, `F.relu`, `torch.relu`) gives a softplus. The model as it is judges the step:
     one that changes the predicted class is not taken, and that image's next is half as long. The largest shift on the
-    way is kept: images (B, C, H, W), no value further than `epsilon` from its own, which are not held to a range.
-
-    A model whose input gradient does not depend on the input once ReLU is smooth (linear, or piecewise linear by
-    something else than ReLU) raises ValueError.
+    way is kept. A model whose input gradient does not depend on the input even so raises ValueError.
     Source: Ghorbani et al. 2019, arXiv:1710.10547; the softplus is that of Dombrowski et al. 2019, arXiv:1906.07983.
     """
     _check(images, target, epsilon=epsilon, steps=steps, batch_size=batch_size)
@@ -131,10 +127,9 @@ def adversarial(model: nn.Module, images: Tensor, target: Tensor, radius: float,
 
 @measure("shift under attack", better="lower", low=0, high=1)
 def explanation_shift(maps_of: Explain, images: Tensor, adversarial: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine similarity of the explanations of each image and of its changed copy; lower is better.
+    """1 - cosine similarity of the explanations of each image and of its changed copy, as from `attack`.
 
-    The copies are (B, C, H, W), for example from `attack`. `maps_of` is called once for all images, then for all
-    copies. The result is in [0, 1] for non-negative maps, else in [0, 2]; NaN where one of the two is zero.
+    In [0, 1] for non-negative maps, else in [0, 2]; NaN where one of the two is zero; lower is better.
     Source: Dombrowski et al. 2019, arXiv:1906.07983, use other distances of the same pair of maps.
     """
     if images.shape != adversarial.shape:
@@ -144,9 +139,9 @@ def explanation_shift(maps_of: Explain, images: Tensor, adversarial: Tensor, tar
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of two maps (B, H, W) of any sign, ties given their average rank.
+    """Spearman's rank correlation of two maps (B, H, W) of any sign, in [-1, 1]; NaN where one is constant.
 
-    It is in [-1, 1], NaN where a map is constant; higher is more alike. Source: Spearman 1904, doi:10.2307/1412159.
+    Ties have their average rank. Source: Spearman 1904, doi:10.2307/1412159.
 
     Example:
         >>> a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
@@ -162,10 +157,10 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of two non-negative maps, each divided by its own maximum; higher is more alike.
+    """Structural similarity of two non-negative maps (B, H, W), each divided by its maximum; NaN where one is zero.
 
-    The maps are (B, H, W), at least 7 by 7 pixels; the result is in [-1, 1], of scikit-image with a window of 7 by 7
-    and a data range of 1, NaN where a map is zero. Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
+    That of scikit-image, in [-1, 1], with a window of 7 by 7 pixels. Source: Wang et al. 2004,
+    doi:10.1109/TIP.2003.819861.
     """
     from skimage.metrics import structural_similarity
 

@@ -30,12 +30,12 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
 
     A layer is a module with parameters of its own, in the reverse order of definition. It is drawn by the module's
     `reset_parameters` (for attention `_reset_parameters`), which sets normalization to its start and forgets its
-    running statistics. Parameters of other modules are drawn from a normal distribution with their mean and standard
-    deviation, so that a single number or a constant stays.
+    running statistics; else from a normal distribution with the mean and standard deviation of each parameter, so that
+    a single number or a constant stays.
 
     The order `"cascading"` draws all layers from the last down to this one, `"independent"` this one only. The new
-    parameters depend on `seed`, not on `order`. With each copy, on the same device and in the same mode, comes the
-    layer's name as in `named_modules()`, or the class's name for parameters of the model itself.
+    parameters depend on `seed`, not on `order`. With each copy comes the layer's name as in `named_modules()`, or the
+    class's name for parameters of the model itself.
     Source: Adebayo et al. 2018, arXiv:1810.03292.
 
     Example:
@@ -51,7 +51,13 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(int(draws))
         for name in layers:
-            _draw(fresh.get_submodule(name))
+            layer = fresh.get_submodule(name)
+            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            if reset:
+                reset()
+                continue
+            for p in layer.parameters(recurse=False):
+                p.normal_(p.mean().item(), p.std(correction=0).item())
     for name in reversed(layers):
         current = copy.deepcopy(current if order == "cascading" else model)
         with torch.no_grad():
@@ -77,10 +83,7 @@ def parameter_randomization(
 def randomization(
     saliency: Tensor, model: nn.Module, images: Tensor, target: Tensor, explain_with: Explanation, seed: int = 0
 ) -> Tensor:
-    """`spearman` of the model's maps, `saliency`, and of a copy with all layers drawn anew; lower is better.
-
-    It is what `parameter_randomization` gives for the last layer that it draws, (B,) float64.
-    """
+    """`spearman` of the model's maps, `saliency`, and of a copy with all layers drawn anew; lower is better."""
     random = model
     for _, changed in randomized(model, seed=seed):
         random = changed
@@ -91,10 +94,9 @@ def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> di
     """Maps (B, H, W), not negative, that do not depend on any model, to be scored beside every explanation.
 
     Of images (B, C, H, W), in their dtype. `constant`: ones. `edges`: Sobel magnitude of the mean over channels.
-    `image`: distance of each pixel's colour from the image's mean colour, which needs no zero of brightness, so that
-    images may be normalized. `noise`: uniform in [0, 1], the same for all images, so that a pointing game on it judges
-    a single random pixel. With a mask (B, H, W), boolean or 0 and 1, `ground truth`: the mask.
-    Source: Achanta et al. 2009, doi:10.1109/CVPR.2009.5206596, for the distance from the mean colour.
+    `image`: distance of each pixel's colour from the image's mean colour (Achanta et al. 2009,
+    doi:10.1109/CVPR.2009.5206596), so that images may be normalized. `noise`: uniform in [0, 1], the same for all
+    images. With a mask (B, H, W), boolean or 0 and 1, `ground truth`: the mask.
     """
     require_images(images)
     images = images.detach()
@@ -112,15 +114,6 @@ def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> di
         binary(mask, maps["noise"].shape)
         maps["ground truth"] = mask.to(images)
     return maps
-
-
-def _draw(layer: nn.Module) -> None:
-    reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-    if reset is not None:
-        reset()
-        return
-    for parameter in layer.parameters(recurse=False):
-        parameter.normal_(parameter.mean().item(), parameter.std(correction=0).item())
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:

@@ -22,10 +22,6 @@ def gini(saliency: Tensor) -> Tensor:
     """Gini index: 0 for a constant map, 1 - 1 / (H * W) for a single pixel; higher is sharper.
 
     Source: Hurley and Rickard 2009, doi:10.1109/TIT.2009.2027527 (arXiv:0811.4706).
-
-    Example:
-        >>> gini(torch.tensor([[[0.0, 0.0], [0.0, 3.0]]])).item()
-        0.75
     """
     share = shares(saliency).sort(dim=1).values
     n = share.shape[1]
@@ -37,7 +33,7 @@ def gini(saliency: Tensor) -> Tensor:
 def entropy(saliency: Tensor) -> Tensor:
     """Shannon entropy of the shares over log(H * W): 1 for a constant map, 0 for one pixel; lower is sharper.
 
-    It is NaN for maps of one pixel, where the largest entropy is zero.
+    NaN for maps of one pixel, where the largest entropy is zero.
     Source: Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x, divided by its largest value.
     """
     share = shares(saliency)
@@ -59,9 +55,8 @@ def top_mass(saliency: Tensor, fraction: float = 0.1) -> Tensor:
 def effective_support(saliency: Tensor) -> Tensor:
     """Effective number of pixels that share a map, over H * W: 1 for a constant map; lower is sharper.
 
-    The number is 1 / sum(p^2) for the shares p (the inverse participation ratio, Hill's number of order 2): m equal
-    pixels give m. The entropy is the logarithm of Hill's number of order 1, over log(H * W).
-    Source: Hill 1973, doi:10.2307/1934352, divided by its largest value.
+    The number is 1 / sum(p^2) for the shares p (the inverse participation ratio): m equal pixels give m.
+    Source: Hill 1973, doi:10.2307/1934352, number of order 2 divided by its largest value.
     """
     share = shares(saliency)
     n = share.shape[1]
@@ -73,7 +68,7 @@ def total_variation(saliency: Tensor) -> Tensor:
     """How much neighbouring pixels differ, over the largest value possible: 0 for a constant map; lower is smoother.
 
     The sum over pairs of 4-neighbours of the absolute difference of their shares (anisotropic), over 4: what a single
-    pixel away from the border gives. It depends on where the pixels are: scattering them raises it.
+    pixel away from the border gives. Scattering the pixels raises it.
     Source: Rudin, Osher and Fatemi 1992, doi:10.1016/0167-2789(92)90242-F, of the map of shares.
     """
     share = shares(saliency).view(saliency.shape)

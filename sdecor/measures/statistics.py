@@ -62,8 +62,7 @@ def paired_bootstrap(
     """Mean of a - b over seeds, with the bias-corrected and accelerated bootstrap interval.
 
     It needs no normal differences, but many of them: with 3, 5 and 10 normal ones a 95% interval covers the true
-    mean in only about 72, 85 and 90% of cases. Of so few, trust `paired_difference` more. From `seed`, n pairs are
-    drawn from the n pairs `resamples` times, at least 100.
+    mean in only about 72, 85 and 90% of cases. There are at least 100 `resamples`, drawn from `seed`.
     Source: Efron 1987, doi:10.1080/01621459.1987.10478410.
     """
     INSIDE.check("confidence", confidence)
@@ -76,11 +75,9 @@ def paired_bootstrap(
 def effect_size(a: Values, b: Values) -> float:
     """Paired standardized mean difference: the mean of a - b in units of its own standard deviation over seeds.
 
-    This is d_z with Hedges' factor, without which few pairs overstate it. It is not Cohen's d of two separate groups,
-    which divides by the spread within a group: seeds that move both methods alike make d_z larger than that. It is
-    positive where a is larger, and NaN with fewer than three pairs, for which the factor is 0.
-    Source: Hedges 1981, doi:10.3102/10769986006002107 (the factor, exact); Lakens 2013, doi:10.3389/fpsyg.2013.00863
-    (d_z and its names).
+    This is d_z with Hedges' factor, without which few pairs overstate it, and NaN with fewer than three. It is not
+    Cohen's d of two separate groups: seeds that move both methods alike make it larger than that.
+    Source: Hedges 1981, doi:10.3102/10769986006002107 (the factor); Lakens 2013, doi:10.3389/fpsyg.2013.00863 (d_z).
     """
     differences = _differences(a, b)
     freedom = len(differences) - 1
@@ -94,10 +91,9 @@ def effect_size(a: Values, b: Values) -> float:
 def equivalence(a: Values, b: Values, margin: float) -> float:
     """Two one-sided paired t tests: a small p-value says that the mean of a - b lies between -margin and margin.
 
-    A large p-value of a test for a difference does not say that there is none; this does. At level 0.05 it agrees with
-    whether the 90% interval of `paired_difference` lies within the margin. The `margin`, positive and finite, is the
-    largest difference that does not matter, in the units of a and b; choose it before looking. Given is the larger of
-    the two p-values.
+    A large p-value of a test for a difference does not say that there is none; this does: below 0.05 the 90% interval
+    of `paired_difference` lies within the margin. The `margin` is the largest difference that does not matter, in the
+    units of a and b; choose it before looking.
     Source: Schuirmann 1987, doi:10.1007/BF01068419.
     """
     POSITIVE.check("margin", margin)
@@ -108,8 +104,8 @@ def equivalence(a: Values, b: Values, margin: float) -> float:
 def holm(p_values: Values) -> Tensor:
     """Holm's step-down adjustment: at level 0.05, even one false alarm among all the tests is at most 5% likely.
 
-    The p-values are (m,), each in [0, 1] or NaN, and so is the result, float64, no smaller than they are; NaN stays NaN
-    and does not count as a test. Source: Holm 1979, https://www.jstor.org/stable/4615733.
+    The p-values are (m,), each in [0, 1] or NaN, which stays NaN and does not count as a test; the result is float64.
+    Source: Holm 1979, https://www.jstor.org/stable/4615733.
 
     Example:
         >>> holm([0.01, 0.04, 0.03]).tolist()
@@ -131,14 +127,11 @@ def compare(
 ) -> pd.DataFrame:
     """Every method against a reference method in every metric, paired by seed.
 
-    The frame has one row per result, with columns "metric", "method", "seed" and "value"; in a metric every method
-    needs the same seeds, one finite value for each. The `margin` of `equivalence` is one for all metrics, or by metric,
-    where a metric without one has NaN.
-
-    Given is one row for every metric and other method, in the order of `frame`: the number of pairs `n`, the mean
-    `difference` to the reference, `low` and `high` of its t interval, `bootstrap_low` and `bootstrap_high`,
-    `effect_size`, `p` of the paired t test, `p_holm` adjusted over the whole table, and with a margin `p_equivalence`,
-    which is not adjusted.
+    The frame has columns "metric", "method", "seed" and "value"; in a metric every method needs the same seeds, one
+    finite value for each. The result has one row for every metric and other method, in the order of `frame`: the number
+    of pairs `n`, the mean `difference` to the reference, `low` and `high` of its t interval, `bootstrap_low` and
+    `bootstrap_high`, `effect_size`, `p` of the paired t test, `p_holm` adjusted over the whole table, and with a margin
+    (for all, or by metric) `p_equivalence`, which is not adjusted.
     """
     if missing := [column for column in ("method", "seed", "metric", "value") if column not in frame]:
         raise ValueError(f"frame has no column {', '.join(missing)}; its columns are {', '.join(map(str, frame))}")
