@@ -74,6 +74,7 @@ _where = _several(
     _root,
 )
 _device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
+_named = _several(click.argument("name"), _root)
 _FROM_1: Any = {"type": click.IntRange(1), "show_default": True}
 _only = click.option("--data", default="", help="Only runs on this data set.")
 _work = _several(
@@ -231,8 +232,7 @@ def list_data(data_root: str) -> None:
 
 
 @data.command()
-@click.argument("name")
-@_root
+@_named
 def fetch(name: str, data_root: str) -> None:
     """Download a data set, unless it is here."""
     from sdecor import sources
@@ -241,8 +241,7 @@ def fetch(name: str, data_root: str) -> None:
 
 
 @data.command()
-@click.argument("name")
-@_root
+@_named
 def check(name: str, data_root: str) -> None:
     """Compare the files of a data set with the register."""
     from sdecor import sources

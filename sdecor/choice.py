@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from sdecor.registers import METHODS
+from sdecor.registers import METHODS, TERMS
 from sdecor.store import Record
 
 
@@ -47,6 +47,6 @@ def table(trials: Mapping[str, Iterable[Record]], chosen: Mapping[str, Record]) 
         for method, records in trials.items()
         for r in records
     ]
-    frame = pd.DataFrame(rows).set_index("").fillna("–")
-    last = ["validation accuracy, %", "chosen"]
-    return frame[[c for c in frame if c not in last] + last]
+    frame = pd.DataFrame(rows).set_index("").rename_axis(None).fillna("–")
+    weights = [c for term in TERMS if (c := f"weight of {term}") in frame]
+    return frame[["learning rate", *weights, "validation accuracy, %", "chosen"]]

@@ -17,20 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from sdecor.registers import (
-    ATTRIBUTIONS,
-    DATASETS,
-    METHODS,
-    MODELS,
-    TERMS,
-    Between,
-    Dataset,
-    Entry,
-    OneOf,
-    OnlyWith,
-    Option,
-    UnknownName,
-)
+from sdecor import registers
+from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
 C = TypeVar("C", bound=type)
 Pairs = tuple[tuple[str, Any], ...]
@@ -113,13 +101,13 @@ def checked_data(
 ) -> tuple[Dataset, Path | None, dict[str, Any]]:
     """The entry of a data set, the folder if `name` is one (``folder:PATH`` or a directory), and all its options."""
     path = None
-    if name.startswith(FOLDER) or (name not in DATASETS and Path(name).is_dir()):
+    if name.startswith(FOLDER) or (name not in registers.DATASETS and Path(name).is_dir()):
         path = Path(name.removeprefix(FOLDER)).expanduser()
-    elif name not in DATASETS or name == "folder":
-        known = ", ".join(other for other in DATASETS if other != "folder")
+    elif name not in registers.DATASETS or name == "folder":
+        known = ", ".join(other for other in registers.DATASETS if other != "folder")
         raise UnknownName(f"unknown data set '{name}'; known: {known}, or an image folder (folder:PATH)")
     _options(Data)["limit"].checked(limit)
-    entry = DATASETS[name if path is None else "folder"]
+    entry = registers.DATASETS[name if path is None else "folder"]
     return entry, path, entry.checked(options)
 
 
@@ -154,7 +142,7 @@ class Data:
         if self.removed == 1:
             raise ValueError("removed must leave something, got 1.0")
         if self.removed_by not in ("gradient", "random"):
-            OneOf((*ATTRIBUTIONS, "random")).check("removed_by", self.removed_by)
+            OneOf((*registers.ATTRIBUTIONS, "random")).check("removed_by", self.removed_by)
         if not self.removed and self.removed_by != "gradient":
             raise ValueError(f"removed_by='{self.removed_by}' has no effect without removed")
 
@@ -176,10 +164,10 @@ class Model:
     def __post_init__(self) -> None:
         given = pairs(self.options, "model_options")
         if ":" not in self.name:
-            if self.name not in MODELS:
-                known = ", ".join(MODELS)
+            if self.name not in registers.MODELS:
+                known = ", ".join(registers.MODELS)
                 raise UnknownName(f"unknown model '{self.name}'; known: {known}, or package.module:factory")
-            given = _chosen(MODELS[self.name], MODELS[self.name].checked(dict(given)))
+            given = _chosen(registers.MODELS[self.name], registers.MODELS[self.name].checked(dict(given)))
         object.__setattr__(self, "options", given)
 
 
@@ -237,7 +225,7 @@ class Objective:
     def __init__(
         self, method: str = "saliencydecor-absolute", weights: Mapping[str, float] | None = None, **settings: Any
     ) -> None:
-        own, given = METHODS[method], weights or {}
+        own, given = registers.METHODS[method], weights or {}
         for name, weight in given.items():
             if name not in own.terms:
                 raise ValueError(f"method '{method}' has no term '{name}'; it has: {', '.join(own.terms)}")
@@ -255,7 +243,7 @@ class Objective:
             if name in own.settings and value != own.settings[name]:
                 raise ValueError(f"{name}={own.settings[name]!r} belongs to method '{method}'; choose another method")
         checked = {name: options[name].checked(value) for name, value in {**settings, **own.settings}.items()}
-        used = {name for term in self.terms for name in TERMS[term].options}
+        used = {name for term in self.terms for name in registers.TERMS[term].options}
         self.settings = {n: checked.get(n, o.default) for n, o in options.items() if n in used}
         for name, value in self.settings.items():
             for limit in options[name].limits:
@@ -264,11 +252,11 @@ class Objective:
 
     def of(self, term: str) -> dict[str, Any]:
         """Settings of one of the terms."""
-        return {name: self.settings[name] for name in TERMS[term].options}
+        return {name: self.settings[name] for name in registers.TERMS[term].options}
 
     def difference(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The weights and the settings that are not the method's own."""
-        own = METHODS[self.method]
+        own = registers.METHODS[self.method]
         plain = {name: option.default for name, option in _settings_of(self.method).items()} | {**own.settings}
         weights = {name: weight for name, weight in self.weights.items() if weight != own.terms[name]}
         return weights, {name: value for name, value in self.settings.items() if value != plain[name]}
@@ -286,8 +274,8 @@ class Objective:
 def _settings_of(method: str) -> dict[str, Option]:
     """Options of a method's terms; of two with one name the first counts."""
     options: dict[str, Option] = {}
-    for term in METHODS[method].terms:
-        options |= {**TERMS[term].options, **options}
+    for term in registers.METHODS[method].terms:
+        options |= {**registers.TERMS[term].options, **options}
     return options
 
 
@@ -337,7 +325,7 @@ class Run:
                 raise ValueError(f"unknown setting '{name}'; known: {', '.join(_flat())}")
             part, f = _flat()[name]
             parts[part][f.name] = value
-        if "name" in parts["data"]:
+        if "name" in parts["data"]:  # other files
             parts["data"].setdefault("fingerprint", "")
         own = {part: replace(getattr(self, part), **parts[part]) for part in NESTED if parts[part]}
         return replace(self, **parts[""], **own)
@@ -354,10 +342,8 @@ class Run:
         """Every setting by a name of its own, for tables: weights as ``weight TERM``, options by their names."""
         out: dict[str, Any] = {}
         for name, value in self._values().items():
-            if name == "weights":
-                out |= {f"weight {term}": weight for term, weight in value}
-            else:
-                out |= dict(value) if name in PAIRED else {name: value}
+            prefix = "weight " if name == "weights" else ""
+            out |= {prefix + key: one for key, one in value} if name in PAIRED else {name: value}
         return out
 
     def difference(self) -> dict[str, Any]:
@@ -415,22 +401,21 @@ def flat_fields() -> dict[str, Field[Any]]:
 
 def flat_options() -> dict[str, Option]:
     """The same with their types, to turn texts into values."""
-    found = {name: _options(NESTED.get(part, Run))[f.name] for name, (part, f) in _flat().items()}
-    return {name: replace(option, name=name) for name, option in found.items()}
+    return {n: replace(_options(NESTED.get(part, Run))[f.name], name=n) for n, (part, f) in _flat().items()}
 
 
 def fitting(
     method: str, weights: Mapping[str, float], settings: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Those of the weights and settings that a method has, and may be given."""
-    free = _settings_of(method).keys() - METHODS[method].settings.keys()
-    terms = METHODS[method].terms
+    free = _settings_of(method).keys() - registers.METHODS[method].settings.keys()
+    terms = registers.METHODS[method].terms
     return {n: w for n, w in weights.items() if n in terms}, {n: v for n, v in settings.items() if n in free}
 
 
 def method_grid(seeds: Iterable[int], methods: Iterable[str] | None = None, **flat: Any) -> list[Run]:
     """Runs of every method with every seed, all else equal; weights and settings go to the methods that have them."""
-    names = list(METHODS if methods is None else methods)
+    names = list(registers.METHODS if methods is None else methods)
     given = [dict(pairs(flat.pop(name, ()), name)) for name in ("weights", "settings")]
     fits = {name: fitting(name, *given) for name in names}
     for place, kind in enumerate(("weight", "setting")):

@@ -17,9 +17,9 @@ penalty = PENALTIES.register
 _VARIANCE_FLOOR = 1e-8  # below it a channel counts as constant: it correlates with nothing
 
 
-def _off_diagonal(m: Tensor) -> Tensor:
-    """Entries of ``(..., g, g)`` with the diagonal set to 0."""
-    return m - torch.diag_embed(m.diagonal(dim1=-2, dim2=-1))
+def _squares_off_diagonal(m: Tensor) -> Tensor:
+    """Sum of the squared entries of ``(..., g, g)`` off the diagonal."""
+    return (m - torch.diag_embed(m.diagonal(dim1=-2, dim2=-1))).square().sum((-2, -1))
 
 
 def correlation_matrix(cov: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def correlation(x: Tensor) -> Tensor:
     """Mean squared off-diagonal correlation, in [0, 1], blind to scale (our default)."""
     c = correlation_matrix(covariance(x)[1])
     pairs = max(c.shape[-1] * (c.shape[-1] - 1), 1)
-    return (_off_diagonal(c).square().sum((-2, -1)) / pairs).mean()
+    return (_squares_off_diagonal(c) / pairs).mean()
 
 
 @penalty(label="distance to ZCA", source="arXiv:1804.08450")
@@ -58,7 +58,7 @@ def barlow(x: Tensor, off_diagonal_weight: float = 0.0051) -> Tensor:
     """The redundancy reduction of Barlow Twins with the batch as both views."""
     c = correlation_matrix(covariance(x)[1])
     on = (1 - c.diagonal(dim1=-2, dim2=-1)).square().sum(-1)
-    return (on + off_diagonal_weight * _off_diagonal(c).square().sum((-2, -1))).mean()
+    return (on + off_diagonal_weight * _squares_off_diagonal(c)).mean()
 
 
 @penalty(label="VICReg", source="arXiv:2105.04906")
@@ -66,14 +66,13 @@ def vicreg(x: Tensor, variance_weight: float = 25.0) -> Tensor:
     """Variance hinge and covariance term of VICReg."""
     unbiased = covariance(x)[1] * (x.shape[1] / (x.shape[1] - 1))
     std = (unbiased.diagonal(dim1=-2, dim2=-1) + 1e-4).sqrt()
-    off = _off_diagonal(unbiased).square().sum((-2, -1)) / x.shape[-1]
-    return (variance_weight * relu(1 - std).mean(-1) + off).mean()
+    return (variance_weight * relu(1 - std).mean(-1) + _squares_off_diagonal(unbiased) / x.shape[-1]).mean()
 
 
 @penalty(label="DeCov", source="arXiv:1511.06068")
 def decov(x: Tensor) -> Tensor:
     """Half the squared off-diagonal covariances."""
-    return (_off_diagonal(covariance(x)[1]).square().sum((-2, -1)) / 2).mean()
+    return (_squares_off_diagonal(covariance(x)[1]) / 2).mean()
 
 
 def decorrelation(

@@ -27,10 +27,8 @@ from sdecor.attribution import attribute
 from sdecor.config import Run
 from sdecor.images import ImageData, ImageStream
 from sdecor.masking import replacement
-from sdecor.measures import representation, robustness, sanity
+from sdecor.measures import faithfulness, localization, representation, robustness, sanity
 from sdecor.measures.case import RECOMMENDED, Case, available, evaluate, needs, table
-from sdecor.measures.faithfulness import perturbation_curve
-from sdecor.measures.localization import chance_level
 from sdecor.models import default_layers
 from sdecor.objective import capture
 from sdecor.prepare import data_of
@@ -79,10 +77,7 @@ def measure(
     """Accuracy, and what the measures say of the gradient of the predicted class and of the features.
 
     Args:
-        model: Trained classifier.
-        data: Held-out images.
         layers: Layers whose features are described; empty takes `sdecor.models.default_layers`.
-        device: Where to compute.
         batch_size: Images at a time; measures do not depend on it, the accuracy curves do by the noise of their fill.
         seed: Of all draws.
         thorough: Compute `metrics` that need the model, and the accuracy curves: nearly all of the time goes there.
@@ -90,8 +85,8 @@ def measure(
             mask, are always added, on all of them.
 
     Returns:
-        ``metrics``, means over images (a measure that is undefined on these images is absent), and ``curves``: accuracy
-        at each of `FRACTIONS` masked, by fill and order, and the histogram of gradient values.
+        Means over images, by measure, without what is undefined on them; and by name, accuracy at each of `FRACTIONS`
+        masked, by fill and order, and the histogram of gradient values.
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
@@ -110,14 +105,14 @@ def measure(
             x, values = case["images"], {"accuracy": case["target"] == y}
             values |= evaluate(case, [name for name in available(case) if name in of_map])
             if case.mask is not None:
-                values["object_area"] = chance_level(case.mask)
+                values["object_area"] = localization.chance_level(case.mask)
             for name, value in values.items():
                 per_image[name].append(value)
             histogram += gradient_histogram(case.attribution)
             for fill in FILLS if thorough else ():
                 new = black if fill == "constant" else replacement(x, fill, generator=generator)
                 for order in ("most", "random"):
-                    kept = perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
+                    kept = faithfulness.perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
                     curves[f"masked_{fill}_{order}"].append(kept)
     for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
         for name, value in evaluate(case, rest).items():
@@ -149,12 +144,11 @@ def _gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
 def exhibit(
     model: nn.Module, data: ImageData | ImageStream, *, images: int = 10, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Maps of a few images, small enough to keep, for figures.
+    """Maps of a few images, small enough to keep, for figures: the first image of each of the first classes.
 
-    At most so many `images` are taken, the first of each of the first classes; fewer where the maps would exceed
-    `BYTES`. Given are their ``index`` in `data`, int64 ``(n,)``, in the order of their classes; ``saliency``, the
-    magnitude of the gradient of the predicted class, each map divided by its maximum, float16 ``(n, H, W)``; and
-    ``predicted`` classes, int64 ``(n,)``.
+    There are at most so many `images`, fewer where the maps would exceed `BYTES`. Given are their ``index`` in `data`
+    ``(n,)``; ``saliency``, the magnitude of the gradient of the predicted class, each map divided by its maximum,
+    float16 ``(n, H, W)``; and ``predicted`` classes ``(n,)``.
     """
     count, labels = min(images, max(1, BYTES // (2 * data.image_size**2))), data.labels.cpu()
     index = torch.tensor([int((labels == c).nonzero()[0]) for c in labels.unique()[:count]])
@@ -180,11 +174,8 @@ def tabulate(
     It is a `sdecor.measures.case.table` of `attributions`, or of all, and of `sdecor.measures.sanity.controls`, on so
     many held-out `images`, the same ones for all runs on the same data. What was computed is kept in the store,
     attribution by attribution: a killed call goes on where it was, and one for another number of images starts over.
-    Measures that need noise draw it `SAMPLES` times.
-
-    Raises:
-        ValueError: If an attribution is unknown or wrong for the model, or there are too few images or streamed ones.
-        FileNotFoundError: If something is to be computed and the run has no weights here.
+    Measures that need noise draw it `SAMPLES` times. Too few images, or streamed ones, raise ValueError, and missing
+    weights FileNotFoundError.
     """
     names = [ATTRIBUTIONS[name].name for name in (ATTRIBUTIONS if attributions is None else attributions)]
     path = store.path("tables", run, ".csv")
@@ -249,8 +240,7 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
     """Measure a finished run with the measures of today and put them into its record, and its exhibit beside it.
 
     The description, the weights and the course of training stay; the record then says when, where and with which
-    version it was measured. Without a record or weights here FileNotFoundError is raised, and ValueError if the weights
-    are not those of the record.
+    version it was measured. Missing weights raise FileNotFoundError, and those of another record ValueError.
     """
     with locked(store.checkpoint(run).with_suffix(".lock")):
         data = data_of(run, store, run.evaluate_on, root=root, device=device)

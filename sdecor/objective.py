@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -64,32 +65,26 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             m.track_running_stats = True
 
 
+@dataclass(eq=False, repr=False)
 class Step:
     """The quantities of one training step, each made when it is first asked for, and kept.
 
     One clean forward pass gives the logits, the features and the input gradient; each kind of masked images takes one
     more. Masks are constants: nothing is differentiated through the choice of pixels.
-
-    A step is made of a classifier ``(B, C, H, W) -> (B, K)`` in its mode for training, images ``(B, C, H, W)`` and true
-    classes ``(B,)``; the layers whose features are wanted, and the dictionary of an open `capture` of these; a
-    generator on the device of the images; and whether the input gradient may be asked for.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
-        *,
-        layers: tuple[str, ...] = (),
-        captured: dict[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        differentiable: bool = True,
-    ) -> None:
-        self.model, self.target, self.generator = model, target, generator
-        self.images = images.detach()
-        self._layers, self._captured = layers, {} if captured is None else captured
-        self._input = images.detach().requires_grad_() if differentiable else images
+    model: nn.Module  #: Classifier ``(B, C, H, W) -> (B, K)`` in the mode it is to be trained in.
+    images: Tensor  #: ``(B, C, H, W)``; not modified.
+    target: Tensor  #: True classes ``(B,)``.
+    _: KW_ONLY
+    layers: tuple[str, ...] = ()  #: Whose features are wanted.
+    captured: dict[str, Tensor] | None = None  #: Dictionary of an open `capture` of these layers.
+    generator: torch.Generator | None = None  #: For everything that is drawn, on the device of the images.
+    differentiable: bool = True  #: Whether the input gradient may be asked for.
+
+    def __post_init__(self) -> None:
+        self._input = self.images.detach().requires_grad_() if self.differentiable else self.images
+        self.images = self.images.detach()
         self._kept: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -104,7 +99,7 @@ class Step:
         quick = quick_slope(self.model, self._input) if self._input.requires_grad else nullcontext(nullcontext)
         with quick as self._to_images:
             out: Tensor = self.model(self._input)
-        self._kept["features"] = dict(self._captured)  # before another pass refills it
+        self._kept["features"] = dict(self.captured or {})  # before another pass refills it
         return out
 
     @property
@@ -112,9 +107,9 @@ class Step:
         """Features of the clean images by layer, in the order asked for."""
         _ = self.logits
         reached: dict[str, Tensor] = self._kept["features"]
-        if missed := [name for name in self._layers if name not in reached]:
+        if missed := [name for name in self.layers if name not in reached]:
             raise ValueError(f"the forward pass did not reach the layers {', '.join(missed)}")
-        return {name: reached[name] for name in self._layers}
+        return {name: reached[name] for name in self.layers}
 
     @cached_property
     def gradient(self) -> Tensor:

@@ -58,18 +58,9 @@ def use_style() -> None:
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches="tight")  # type: ignore[no-untyped-call]
-    sns.set_theme(
-        context="notebook",
-        style="whitegrid",
-        rc={
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
-            "figure.dpi": 110,
-            "figure.constrained_layout.use": True,
-            "axes.titlesize": "medium",
-            "svg.hashsalt": "sdecor",
-        },
-    )
+    rc: dict[str, Any] = {"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 110}
+    rc |= {"figure.constrained_layout.use": True, "axes.titlesize": "medium", "svg.hashsalt": "sdecor"}
+    sns.set_theme(context="notebook", style="whitegrid", rc=rc)
 
 
 def top_share(score: Tensor, fraction: float = 0.1) -> Tensor:

@@ -122,14 +122,10 @@ def _columns(columns: Columns) -> dict[str, tuple[str, float, int]]:
     """Heading, factor and decimals of each measure, those given only by name as the registers know them."""
     if isinstance(columns, Mapping):
         return dict(columns)
-    return {name: _PLAIN[name] if name in _PLAIN else _column(name) for name in columns}
-
-
-def _column(name: str) -> tuple[str, float, int]:
+    out = {m: (MEASURES[m].heading if m in MEASURES else m.replace("_", " "), 1.0, 3) for m in columns}
     for prefix, (title, decimals) in _OF_LAYER.items():
-        if name.startswith(prefix):
-            return f"{title}, {name.removeprefix(prefix)}", 1.0, decimals
-    return MEASURES[name].heading if name in MEASURES else name.replace("_", " "), 1.0, 3
+        out |= {m: (f"{title}, {m.removeprefix(prefix)}", 1.0, decimals) for m in out if m.startswith(prefix)}
+    return out | {m: _PLAIN[m] for m in out if m in _PLAIN}
 
 
 def _wide(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -267,10 +263,10 @@ def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> F
     names = list(labels.unique())
     across = min(per_row, len(columns))
     down = math.ceil(len(columns) / across)
-    lines = ["\n− ".join(_wrapped(part, 19) for part in name.split(" − ")) for name in names]
-    height = 0.7 + sum(0.12 + 0.16 * (line.count("\n") + 1) for line in lines)
+    lines = ["\n− ".join(_wrapped(part, 26) for part in name.split(" − ")) for name in names]
+    height = 0.65 + sum(0.1 + 0.16 * (line.count("\n") + 1) for line in lines)
     figure, axes = plt.subplots(
-        down, across, figsize=(1.6 + 2.3 * across, down * height), sharey=True, squeeze=False, layout="constrained"
+        down, across, figsize=(2.1 + 2 * across, down * height), sharey=True, squeeze=False, layout="constrained"
     )
     for ax in axes.flat[len(columns) :]:
         ax.set_visible(False)

@@ -71,11 +71,9 @@ class _Sums:
         values = torch.stack(self.buffer)
         if not bool(torch.isfinite(values).all()):
             step, term = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
-            at = self.first + self.steps - len(self.buffer) + step
-            raise FloatingPointError(
-                f"loss term '{self.names[term]}' became {float(values[step, term])} at step {at}; "
-                "lower lr or the weight of that term"
-            )
+            at = f"at step {self.first + self.steps - len(self.buffer) + step}"
+            became = f"'{self.names[term]}' became {float(values[step, term])} {at}"
+            raise FloatingPointError(f"loss term {became}; lower lr or the weight of that term")
         self.total += values.double().sum(0).cpu()
         self.buffer.clear()
 
@@ -146,7 +144,7 @@ def fit(
         objective: Terms and weights.
         schedule: Length, batch size, learning rate.
         seed: Of everything random here.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        device: See `device_of`.
         validation: Images whose accuracy is measured after each epoch.
         checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so.
         amp: bfloat16 autocast; whitening and all losses stay in float32.

@@ -48,10 +48,12 @@ def binary(mask: Tensor, shape: torch.Size) -> Tensor:
     return mask.bool().flatten(1)
 
 
-def require_images(images: Tensor, target: Tensor | None = None) -> None:
-    """Require images (B, C, H, W) and, if there is a `target`, a class for each."""
+def require_images(images: Tensor, target: Tensor | None = None, **positive: float) -> None:
+    """Require images (B, C, H, W), if there is a `target`, a class for each, and numbers above 0."""
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
     if target is not None and (target.shape != images.shape[:1] or target.is_floating_point()):
         got = f"shape {tuple(target.shape)} of {target.dtype}"
         raise ValueError(f"target must be {len(images)} whole numbers, got {got}")
+    for name, value in positive.items():
+        POSITIVE.check(name, value)

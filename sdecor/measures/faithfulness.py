@@ -40,8 +40,8 @@ from sdecor.saliency import frozen_eval
 ORDERS = ("most", "least", "random")
 STEPS = tuple(i / 10 for i in range(11))
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
-_Spans = Sequence[tuple[int, int]]
-_Filling = tuple[Tensor, bool]
+Spans = Sequence[tuple[int, int]]
+Fill = tuple[Tensor, bool]
 _OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "probability": lambda logits, target: logits.softmax(1).gather(1, target[:, None])[:, 0],
     "logit": lambda logits, target: logits.gather(1, target[:, None])[:, 0],
@@ -265,7 +265,8 @@ def _check(images: Tensor, target: Tensor, score: Tensor, batch_size: int, name:
 
 def _logits(model: nn.Module, target: Tensor, x: Tensor) -> Tensor:
     """Logits of `x` in float64, if every `target` is a class of the model."""
-    logits, lowest, highest = model(x).double(), int(target.min()), int(target.max())
+    logits: Tensor = model(x).double()
+    lowest, highest = int(target.min()), int(target.max())
     if lowest < 0 or highest >= logits.shape[1]:
         raise ValueError(f"target must lie in 0..{logits.shape[1] - 1}, got {lowest}..{highest}")
     return logits
@@ -307,7 +308,7 @@ def _ranks(score: Tensor, order: str, own_order: bool, patch: int, generator: to
     return places.repeat_interleave(patch, 3).repeat_interleave(patch, 4)
 
 
-def _fill(images: Tensor, fill: str | Tensor, value: float, generator: torch.Generator | None) -> tuple[Tensor, bool]:
+def _fill(images: Tensor, fill: str | Tensor, value: float, generator: torch.Generator | None) -> Fill:
     """What is put in place of a pixel, of the shape of `images`, and whether it is to be added to the imputed pixel."""
     if isinstance(fill, Tensor):
         return _broadcast(fill, images, "fill"), False
@@ -321,14 +322,7 @@ def _fill(images: Tensor, fill: str | Tensor, value: float, generator: torch.Gen
 
 
 def _outputs(
-    model: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    ranks: Tensor,
-    spans: _Spans,
-    fill: _Filling,
-    output: str,
-    batch_size: int,
+    model: nn.Module, x: Tensor, target: Tensor, ranks: Tensor, spans: Spans, fill: Fill, output: str, batch_size: int
 ) -> Tensor:
     """Output of the target class for every image and each of S spans of replaced pixels, (B, S) float64.
 

@@ -104,32 +104,20 @@ def condition_number(features: Tensor | Covariance) -> Tensor:
     return eigenvalues[-1] / eigenvalues[0]
 
 
-def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
+def cka(a: Tensor, b: Tensor) -> Tensor:
     """Linear centred kernel alignment: how alike two sets of features of the same samples are, in [0, 1].
 
-    Given are both sets, or the `Covariance` of both side by side, ``torch.cat([a, b], 1)``, and the number of features
-    of the first. It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, 0 if no
-    feature of one correlates with one of the other, and NaN if one is constant. Two independent sets of A and B white
-    features of N samples score about sqrt(A B / ((N + A) (N + B))): near 1 where samples are few.
+    It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, 0 if no feature of one
+    correlates with one of the other, and NaN if one is constant. Two independent sets of A and B white features of N
+    samples score about sqrt(A B / ((N + A) (N + B))): near 1 where samples are few.
     Source: Kornblith et al. 2019, arXiv:1905.00414.
     """
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        both = _samples(a), _samples(b)
-        if (len(a), a.shape[2:]) != (len(b), b.shape[2:]):
-            raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; only their channels may differ")
-        matrix, channels = _matrix(torch.cat(both, 1)), a.shape[1]
-    elif isinstance(a, Covariance) and isinstance(b, int):
-        matrix, channels = a.matrix, b
-    else:
-        raise ValueError(
-            "cka takes two tensors, or the Covariance of both sets side by side and the number of features of the "
-            f"first, got {type(a).__name__} and {type(b).__name__}"
-        )
-    if not 0 < channels < len(matrix):
-        raise ValueError(f"{channels} of {len(matrix)} features are of the first set; each set needs at least one")
-    squares = matrix.square()
-    within = squares[:channels, :channels].sum().sqrt() * squares[channels:, channels:].sum().sqrt()
-    return (squares[:channels, channels:].sum() / within).clamp(max=1)
+    both, split = (_samples(a), _samples(b)), a.shape[1]
+    if (len(a), a.shape[2:]) != (len(b), b.shape[2:]):
+        raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; only their channels may differ")
+    squares = _matrix(torch.cat(both, 1)).square()
+    within = squares[:split, :split].sum().sqrt() * squares[split:, split:].sum().sqrt()
+    return (squares[:split, split:].sum() / within).clamp(max=1)
 
 
 def _eigenvalues(features: Tensor | Covariance) -> Tensor:

@@ -11,7 +11,7 @@ that do not fit, numbers that are not positive, and maps with NaN or infinity.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from sdecor.measures._checks import POSITIVE, require_finite, require_images
+from sdecor.measures._checks import require_finite, require_images
 from sdecor.measures.case import measure, quantity
 from sdecor.saliency import frozen_eval, input_gradient, logits_and_gradient, pixel_score
 
@@ -89,10 +89,11 @@ def attack(
     way is kept. A model whose input gradient does not depend on the input even so raises ValueError.
     Source: Ghorbani et al. 2019, arXiv:1710.10547; the softplus is that of Dombrowski et al. 2019, arXiv:1906.07983.
     """
-    _check(images, target, epsilon=epsilon, steps=steps, batch_size=batch_size)
+    require_images(images, target, epsilon=epsilon, steps=steps, batch_size=batch_size)
 
     def judged(x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, gradient = _chunked(partial(logits_and_gradient, model), batch_size, x, target)
+        parts = [logits_and_gradient(model, *part) for part in _chunks(batch_size, x, target)]
+        logits, gradient = map(torch.cat, zip(*parts, strict=True))
         return logits.argmax(1), pixel_score(gradient)
 
     images = images.detach()
@@ -103,7 +104,8 @@ def attack(
     largest = torch.zeros_like(step, dtype=torch.float64)
     for i in range(steps + 1):
         if i > 0:
-            (direction,) = _chunked(partial(_uphill, model), batch_size, current, target, reference)
+            parts = _chunks(batch_size, current, target, reference)
+            direction = torch.cat([_uphill(model, *part) for part in parts])
             if i == 1 and len(images) and not direction.any():
                 raise ValueError(
                     f"the input gradient of this {type(model).__name__} does not depend on the input, ReLU smoothed; "
@@ -134,7 +136,7 @@ def explanation_shift(maps_of: Explain, images: Tensor, adversarial: Tensor, tar
     """
     if images.shape != adversarial.shape:
         raise ValueError(f"adversarial has shape {tuple(adversarial.shape)}, images have {tuple(images.shape)}")
-    _check(images, target)
+    require_images(images, target)
     return 1 - _cosine(*(_explained(maps_of, x, target) for x in (images, adversarial)))
 
 
@@ -179,9 +181,9 @@ def _changes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm of each explanation (B,), and of its change and of the image's under each sample of noise (B, samples)."""
     # captum's sensitivity_max takes all images into every call, and does not give the distance
-    _check(images, target, radius=radius, samples=samples, batch_size=batch_size)
+    require_images(images, target, radius=radius, samples=samples, batch_size=batch_size)
     images, noise = images.detach(), radius * _noise(images, samples, seed)
-    (before,) = _chunked(lambda *part: (_explained(maps_of, *part),), batch_size, images, target)
+    before = torch.cat([_explained(maps_of, *part) for part in _chunks(batch_size, images, target)])
 
     def change(row: Tensor) -> tuple[Tensor, Tensor]:
         image = row // samples
@@ -190,7 +192,7 @@ def _changes(
         return (after - before[image]).norm(dim=1), (moved - images[image]).flatten(1).double().norm(dim=1)
 
     rows = torch.arange(len(images) * samples, device=images.device)
-    changes, distances = _chunked(change, batch_size, rows)
+    changes, distances = map(torch.cat, zip(*map(change, rows.split(batch_size)), strict=True))
     return before.norm(dim=1), changes.view(-1, samples), distances.view(-1, samples)
 
 
@@ -200,9 +202,8 @@ def _noise(images: Tensor, samples: int, seed: int) -> Tensor:
     return (2 * draws - 1).to(images)
 
 
-def _chunked(function: Callable[..., Iterable[Tensor]], batch_size: int, *rows: Tensor) -> list[Tensor]:
-    parts = [function(*part) for part in zip(*(r.split(batch_size) for r in rows), strict=True)]
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+def _chunks(batch_size: int, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(part.split(batch_size) for part in rows), strict=True)
 
 
 def _explained(maps_of: Explain, images: Tensor, target: Tensor) -> Tensor:
@@ -234,22 +235,16 @@ class _SmoothReLU(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _uphill(model: nn.Module, x: Tensor, target: Tensor, reference: Tensor) -> tuple[Tensor]:
+def _uphill(model: nn.Module, x: Tensor, target: Tensor, reference: Tensor) -> Tensor:
     """Signs of the direction in which the smoothed model's map loses similarity with `reference`, (B, C, H, W)."""
     # the fast attention kernels have no second derivative
     with frozen_eval(model), torch.enable_grad(), _SmoothReLU(), sdpa_kernel(SDPBackend.MATH):
         leaf = x.clone().requires_grad_()
         gradient = input_gradient(model(leaf), leaf, target, create_graph=True)
         if not gradient.requires_grad:
-            return (torch.zeros_like(x),)
+            return torch.zeros_like(x)
         similarity = F.cosine_similarity(pixel_score(gradient).flatten(1), reference.flatten(1))
-        return (-torch.autograd.grad(similarity.sum(), leaf)[0].sign(),)
-
-
-def _check(images: Tensor, target: Tensor, **positive: float) -> None:
-    require_images(images, target)
-    for name, value in positive.items():
-        POSITIVE.check(name, value)
+        return -torch.autograd.grad(similarity.sum(), leaf)[0].sign()
 
 
 def _check_maps(a: Tensor, b: Tensor) -> None:
