@@ -76,17 +76,13 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Accuracy, and what the measures say of the gradient of the predicted class and of the features.
 
-    Args:
-        layers: Layers whose features are described; empty takes `sdecor.models.default_layers`.
-        batch_size: Images at a time; measures do not depend on it, the accuracy curves do by the noise of their fill.
-        seed: Of all draws.
-        thorough: Compute `metrics` that need the model, and the accuracy curves: nearly all of the time goes there.
-        metrics: Names of measures, on at most `MOST` of the images; those that need the map alone, or the map and a
-            mask, are always added, on all of them.
+    Features are those of `layers`, or of `sdecor.models.default_layers`. Measures that need the map alone, or the map
+    and a mask, are always taken, on all images. If it is to be `thorough`, `metrics` that need the model are added, on
+    at most `MOST` images, and the accuracy curves: nearly all of the time goes there. `batch_size` matters to these
+    curves alone, by the noise of their fill.
 
-    Returns:
-        Means over images, by measure, without what is undefined on them; and by name, accuracy at each of `FRACTIONS`
-        masked, by fill and order, and the histogram of gradient values.
+    Given are means over images by measure, without those that are undefined on all; and by name, accuracy at each of
+    `FRACTIONS` masked, by fill and order, and the histogram of gradient values.
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import warnings
 from functools import partial
@@ -407,8 +406,3 @@ def test_bad_samples(call: Any, message: str, trained: Any) -> None:
     with pytest.raises(ValueError) as caught:
         call(*trained)
     assert str(caught.value) == message
-
-
-def test_examples() -> None:
-    failed, tried = doctest.testmod(faithfulness)
-    assert failed == 0 < tried

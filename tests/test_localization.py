@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 from collections import Counter
@@ -17,7 +16,6 @@ from maps import BAD_MAPS, close, maps, quantus_scores, scenes
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from sdecor.measures import localization
 from sdecor.measures.localization import (
     auroc,
     average_precision,
@@ -354,8 +352,3 @@ def test_bad_mosaics(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         mosaic(**({"images": torch.ones(6, 1, 2, 2), "target": torch.arange(6)} | changes))
     assert str(caught.value) == message
-
-
-def test_examples() -> None:
-    failed, tried = doctest.testmod(localization)
-    assert failed == 0 < tried

@@ -209,8 +209,7 @@ def test_batches_positions_and_order_do_not_matter(sizes: list[int], seed: int) 
     for z in (joint, rows, rows[order]):
         close(participation_ratio(z), participation_ratio(maps), 1e-9)
         close(condition_number(z), condition_number(maps), 1e-6)
-    close(cka(joint, 2), cka(maps[:, :2], maps[:, 2:]), 1e-9)
-    close(cka(rows[:, :2], rows[:, 2:]), cka(joint, 2), 1e-9)
+    close(cka(rows[:, :2], rows[:, 2:]), cka(maps[:, :2], maps[:, 2:]), 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -277,30 +276,12 @@ def test_undefined() -> None:
         ),
         (torch.ones(4, 3), torch.ones(4), "features must have shape (N, C) or (N, C, H, W), got (4,)"),
         (torch.ones(4, 3), torch.ones(4, 0), "features have no samples or no channels: their shape is (4, 0)"),
-        (
-            torch.ones(4, 3),
-            2,
-            "cka takes two tensors, or the Covariance of both sets side by side and the number of features of the "
-            "first, got Tensor and int",
-        ),
     ],
 )
 def test_bad_pairs(a: Tensor, b: Tensor, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         cka(a, b)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("channels", [0, 3, -1])
-def test_a_set_without_features(channels: int) -> None:
-    joint = Covariance()
-    with pytest.raises(ValueError, match=r"^no features were added; call update\(features\) first$"):
-        cka(joint, 1)
-    joint.update(normal(5, 3))
-    with pytest.raises(
-        ValueError, match=rf"^{channels} of 3 features are of the first set; each set needs at least one"
-    ):
-        cka(joint, channels)
 
 
 def test_condition_number_and_effective_rank_agree_on_what_is_zero() -> None:

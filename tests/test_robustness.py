@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import warnings
 from collections.abc import Callable
@@ -390,8 +389,3 @@ def test_shift_by_hand() -> None:
     with pytest.raises(ValueError) as caught:
         explanation_shift(lambda x, t: x, images, copies[:, :, :, :1], torch.zeros(5, dtype=torch.int64))
     assert str(caught.value) == "adversarial has shape (5, 1, 1, 1), images have (5, 1, 1, 2)"
-
-
-def test_examples() -> None:
-    failed, tried = doctest.testmod(robustness)
-    assert failed == 0 < tried

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 from collections.abc import Callable
 
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from maps import BAD_MAPS, close, maps, one_hot, quantus_scores, scenes
 from torch import Tensor
 
-from sdecor.measures import sharpness
 from sdecor.measures.sharpness import effective_support, entropy, gini, top_mass, total_variation
 
 SHARPNESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -175,8 +173,3 @@ def test_bad_fraction(fraction: float) -> None:
     with pytest.raises(ValueError) as caught:
         top_mass(torch.ones(1, 2, 2), fraction)
     assert str(caught.value) == f"fraction must be strictly between 0 and 1, got {fraction}"
-
-
-def test_examples() -> None:
-    failed, tried = doctest.testmod(sharpness)
-    assert failed == 0 < tried

@@ -64,7 +64,7 @@ def test_given_parameters_override_the_preset() -> None:
         ({"epochs": "3"}, "parameter 'epochs' must be of type int, got '3' (str)"),
         ({"epochs": True}, "parameter 'epochs' must be of type int, got True (bool)"),
         ({"retrain": 1}, "parameter 'retrain' must be of type bool, got 1 (int)"),
-        ({"epochs": -1}, "parameter 'epochs' must be finite and at least 0, got -1"),
+        ({"epochs": -1}, "parameter 'epochs' must be at least 0, got -1"),
         ({"rate": float("nan")}, "parameter 'rate' must be finite and at least 0, got nan"),
         ({"rate": float("inf")}, "parameter 'rate' must be finite and at least 0, got inf"),
     ],

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -170,15 +171,9 @@ def faithfulness(
     model: nn.Module, images: Tensor, target: Tensor, saliency: Tensor, **options: Any
 ) -> dict[str, Tensor]:
     """All scores above by name, from one run of `curves`, which takes the options."""
-    found = curves(model, images, target, saliency, **options)
-    return {
-        "deletion": deletion(found["most"]),
-        "insertion": insertion(found["back"]),
-        "area_between": area_between(found["most"], found["least"]),
-        "comprehensiveness": comprehensiveness(found["removed"]),
-        "sufficiency": sufficiency(found["kept"]),
-        "monotonicity": monotonicity(found["most"]),
-    }
+    found: dict[str, Any] = curves(model, images, target, saliency, **options)
+    scores = deletion, insertion, area_between, comprehensiveness, sufficiency, monotonicity
+    return {f.__name__: f(**{name: found[name] for name in signature(f).parameters if name in found}) for f in scores}
 
 
 @measure("infidelity", better="lower", low=0, high=math.inf)

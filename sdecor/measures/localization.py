@@ -66,11 +66,6 @@ def auroc(saliency: Tensor, mask: Tensor) -> Tensor:
     """Area under the ROC curve: how likely a pixel of the object is higher than one of the background (half if equal).
 
     Source: Fawcett 2006, doi:10.1016/j.patrec.2005.10.010.
-
-    Example:
-        >>> saliency = torch.tensor([[[3.0, 1.0], [1.0, 0.0]]])
-        >>> auroc(saliency, torch.tensor([[[1, 1], [0, 0]]])).item()
-        0.875
     """
     hits, taken = _thresholds(saliency, mask)
     misses = taken - hits
