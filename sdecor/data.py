@@ -42,8 +42,11 @@ MNIST = {
     "t10k-images-idx3-ubyte": (0x803, 7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
     "t10k-labels-idx1-ubyte": (0x801, 10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 }
+_LISTED = datasets.CIFAR10.train_list + datasets.CIFAR10.test_list
 Files = list[tuple[str, int]]  # paths, and labels
-_SAMPLE = 2048  # training images whose pixels give mean and std of sets that are decoded from files
+Parts = dict[str, Files]
+Samples = Annotated[int | None, Between(1)]
+Workers = Annotated[int | None, Between(0)]
 
 dataset = DATASETS.register
 
@@ -52,12 +55,9 @@ dataset = DATASETS.register
 class Request:
     """What a data set is asked for.
 
-    Args:
-        root: Data root; for an image folder, the folder.
-        split: ``train``, ``val`` or ``test``.
-        image_size: Side in pixels: the one asked for, else the data set's own; None if that depends on its files.
-        limit: `load` keeps so many images, as `ImageData.subset` does; a data set may give only these.
-        seed: Of images that are drawn.
+    `root` is the data root, or the image folder; `image_size` the side asked for, else the data set's own, or None if
+    that depends on its files. `load` keeps `limit` images, as `ImageData.subset` does; a data set may give only these.
+    `seed` is for images that are drawn.
     """
 
     root: Path
@@ -77,24 +77,17 @@ def load(
     seed: int = 0,
     **options: Any,
 ) -> ImageData | ImageStream:
-    """Load one split of a data set.
+    """Load one split (``train``, ``val`` or ``test``) of a data set.
 
-    Args:
-        name: In `sdecor.registers.DATASETS`, or an image folder: its path, or ``folder:PATH``, with
-            ``PATH/train/CLASS/*.png|jpg|jpeg`` and perhaps ``val`` and ``test`` beside ``train``.
-        root: Data root, see `data_root`.
-        split: ``train``, ``val`` or ``test``. Where the set has no validation split, one is drawn from its training
-            images by a constant seed.
-        image_size: Side in pixels; by default that of the data set, and the short side of its first image, at most
-            224, for a folder.
-        limit: Keep so many images, drawn by a constant seed.
-        seed: Of data sets that are drawn, such as ``shapes``; nothing else depends on it.
-        **options: Of the data set, see ``sdecor list datasets NAME``.
+    `name` is in `sdecor.registers.DATASETS`, or an image folder: its path, or ``folder:PATH``, with
+    ``PATH/train/CLASS/*.png|jpg|jpeg`` and perhaps ``val`` and ``test`` beside ``train``. A missing validation split is
+    drawn from the training images, and `limit` images from those of any split, by constant seeds; `seed` is for sets
+    that are drawn themselves, such as ``shapes``. The side `image_size` is by default that of the data set, and for a
+    folder the short side of its first image, at most 224. `root` is as `data_root` takes it; ``sdecor list datasets
+    NAME`` shows the `options`.
 
-    Raises:
-        ValueError: If a name, split or option is unknown or impossible, or a file is broken.
-        FileNotFoundError: If the data is absent and cannot be downloaded.
-        TypeError: If a data set gives something else than images and labels.
+    What is unknown, impossible or broken is a ValueError; data that is absent and cannot be downloaded a
+    FileNotFoundError; and a data set that gives something else than images and labels a TypeError.
 
     >>> data = load("shapes", split="val")
     >>> len(data), data.channels, data.image_size, data.num_classes
@@ -116,17 +109,12 @@ def _completed(entry: Dataset, request: Request, options: dict[str, Any]) -> Ima
     if not isinstance(given, tuple) or len(given) not in (2, 3):
         wanted = "ImageData, ImageStream, (images, labels) or (images, labels, masks)"
         raise TypeError(f"data set '{entry.name}' must give {wanted}, it gave {type(given).__name__}")
-    whole = replace(request, split="train", limit=None)
-    train = None if request.split == "train" else _completed(entry, whole, options)
-    classes = [str(i) for i in range(entry.classes)] if isinstance(entry.classes, int) else entry.classes
+    images, labels, masks = (*given, None)[:3]
+    whole, size, split = replace(request, split="train", limit=None), request.image_size, request.split
+    train = None if split == "train" else _completed(entry, whole, options)
+    classes = tuple(map(str, range(entry.classes))) if isinstance(entry.classes, int) else entry.classes
     return ImageData.from_tensors(
-        *given[:2],
-        masks=given[2] if len(given) == 3 else None,
-        classes=classes or None,
-        train=train,
-        image_size=request.image_size,
-        name=entry.name,
-        split=request.split,
+        images, labels, classes=classes or None, masks=masks, train=train, image_size=size, name=entry.name, split=split
     )
 
 
@@ -147,8 +135,7 @@ def _divided(images: Tensor, labels: Tensor, split: str, train: int) -> tuple[Te
     ink=True,
     source="https://ossci-datasets.s3.amazonaws.com/mnist/ (by torchvision.datasets.MNIST)",
     licence="research use",
-    cite="LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, Proc. IEEE 86(11), "
-    "1998, doi:10.1109/5.726791",
+    cite="LeCun et al.: Gradient-based learning applied to document recognition, 1998, doi:10.1109/5.726791",
     download=lambda root: datasets.MNIST(root, download=True),
     present=lambda root: all((root / "MNIST" / "raw" / file).is_file() for file in MNIST),
     layouts=({"folder": "MNIST/raw", "algorithm": "sha256", "files": {name: e[2] for name, e in MNIST.items()}},),
@@ -156,16 +143,16 @@ def _divided(images: Tensor, labels: Tensor, split: str, train: int) -> tuple[Te
 def mnist(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
     """Handwritten digits, grey: 50,000 / 10,000 / 10,000 images; `download` fetches what is missing."""
     provide("mnist", request.root, download=download)
-    for name, (magic, expected, _) in MNIST.items():
+    for name, (magic, size, _) in MNIST.items():
         path = request.root / "MNIST" / "raw" / name
         with path.open("rb") as file:
-            found = int.from_bytes(file.read(4), "big")
-        size = path.stat().st_size
-        if size >= 4 and found != magic:
-            raise ValueError(f"{path} has magic number {found:#x} instead of {magic:#x}; delete it and fetch again")
-        if size != expected:
-            what = "is truncated" if size < expected else "is too long"
-            raise ValueError(f"{path} {what}: {size} bytes instead of {expected}; delete it and fetch again")
+            head, length = file.read(4), path.stat().st_size
+        problem = f"is {'truncated' if length < size else 'too long'}: {length} bytes instead of {size}"
+        if len(head) == 4 and head != magic.to_bytes(4):
+            problem = f"has magic number {int.from_bytes(head):#x} instead of {magic:#x}"
+        elif length == size:
+            continue
+        raise ValueError(f"{path} {problem}; delete it and fetch again")
     source = datasets.MNIST(str(request.root), train=request.split != "test")
     return _divided(source.data[:, None], source.targets, request.split, 50_000)
 
@@ -177,17 +164,11 @@ def mnist(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
     size=32,
     source="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (by torchvision.datasets.CIFAR10)",
     licence="research use",
-    cite="Krizhevsky: Learning multiple layers of features from tiny images, technical report, University of Toronto, "
-    "2009",
+    cite="Krizhevsky: Learning multiple layers of features from tiny images, University of Toronto, 2009",
     download=lambda root: datasets.CIFAR10(root, download=True),
     present=lambda root: any((root / folder).is_dir() for folder in (CIFAR, "cifar10/train")),
     layouts=(
-        {
-            "folder": CIFAR,
-            "algorithm": "md5",
-            "files": dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list)
-            | {"batches.meta": datasets.CIFAR10.meta["md5"]},
-        },
+        {"folder": CIFAR, "algorithm": "md5", "files": dict(_LISTED) | {"batches.meta": datasets.CIFAR10.meta["md5"]}},
         {"folder": "cifar10", "images": {"train": 50_000, "test": 10_000}},
     ),
 )
@@ -200,8 +181,8 @@ def cifar10(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]
     if not (request.root / CIFAR).is_dir():
         files, classes = _labelled(request.root / "cifar10" / "train")
         files = _shuffled(files)
-        parts = {"train": files[:45_000], "val": files[45_000:]}
-        parts["test"], _ = _labelled(request.root / "cifar10" / "test", classes)
+        test, _ = _labelled(request.root / "cifar10" / "test", classes)
+        parts = {"train": files[:45_000], "val": files[45_000:], "test": test}
         return _from_files(request, "cifar10-jpeg", classes, parts)
     try:
         source = datasets.CIFAR10(str(request.root), train=request.split != "test")
@@ -218,8 +199,7 @@ def cifar10(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]
     size=96,
     source="https://data.caltech.edu/records/mzrjq-6wc02 (by torchvision.datasets.Caltech101)",
     licence="research use; the CaltechDATA record says CC BY 4.0",
-    cite="Fei-Fei, Fergus, Perona: Learning generative visual models from few training examples, CVPR Workshop, 2004, "
-    "doi:10.1109/CVPR.2004.383; data doi:10.22002/D1.20086",
+    cite="Fei-Fei, Fergus, Perona: Learning generative visual models, 2004, doi:10.1109/CVPR.2004.383",
     download=lambda root: datasets.Caltech101(root, download=True),
     present=lambda root: (root / CALTECH).is_dir(),
     layouts=({"folder": CALTECH, "without": "BACKGROUND_Google", "images": {".": 8677}},),
@@ -231,7 +211,7 @@ def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageS
     """
     provide("caltech101", request.root, download=download)
     files, classes = _labelled(request.root / CALTECH, without="BACKGROUND_Google")
-    parts: dict[str, Files] = {split: [] for split in SPLITS}
+    parts: Parts = {split: [] for split in SPLITS}
     for c, name in enumerate(classes):
         own = [file for file in files if file[1] == c]
         if len(own) < 31:
@@ -249,8 +229,7 @@ def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageS
     size=64,
     source="https://www.image-net.org (ten classes of Tiny ImageNet, put there by you)",
     licence="research use",
-    cite="Deng, Dong, Socher, Li, Li, Fei-Fei: ImageNet: a large-scale hierarchical image database, CVPR, 2009, "
-    "doi:10.1109/CVPR.2009.5206848",
+    cite="Deng et al.: ImageNet: a large-scale hierarchical image database, 2009, doi:10.1109/CVPR.2009.5206848",
     present=lambda root: (root / "imagenet10" / "train").is_dir(),
     layouts=({"folder": "imagenet10", "images": {"train": 4500, "test": 1000}},),
 )
@@ -268,8 +247,7 @@ def imagenet10(request: Request) -> ImageData | ImageStream:
     ink=True,
     source="inside scikit-learn (sklearn.datasets.load_digits)",
     licence="CC BY 4.0, as the UCI Machine Learning Repository states",
-    cite="Alpaydin, Kaynak: Optical recognition of handwritten digits, UCI Machine Learning Repository, 1998, "
-    "doi:10.24432/C50P49",
+    cite="Alpaydin, Kaynak: Optical recognition of handwritten digits, 1998, doi:10.24432/C50P49",
 )
 def digits(request: Request) -> tuple[Tensor, Tensor]:
     """Handwritten digits, grey, 8 x 8 enlarged: 1,000 / 297 / 500 images."""
@@ -292,11 +270,7 @@ def digits(request: Request) -> tuple[Tensor, Tensor]:
     cite="this repository",
 )
 def shapes(
-    request: Request,
-    *,
-    samples: Annotated[int | None, Between(1)] = None,
-    cue_strength: Strength = 0.5,
-    cue_copies: Copies = 2,
+    request: Request, *, samples: Samples = None, cue_strength: Strength = 0.5, cue_copies: Copies = 2
 ) -> ImageData:
     """Outlines with exact masks, colour, and a cue that may betray the class, see `sdecor.shapes.generate`.
 
@@ -312,10 +286,7 @@ def shapes(
 
 @dataset("folder", label="image folder", source="yours", present=lambda root: False)  # it lies below no data root
 def folder(
-    request: Request,
-    *,
-    memory_limit: Annotated[int, Between(0)] = 2 << 30,
-    workers: Annotated[int | None, Between(0)] = None,
+    request: Request, *, memory_limit: Annotated[int, Between(0)] = 2 << 30, workers: Workers = None
 ) -> ImageData | ImageStream:
     """Images of your own, see `load`.
 
@@ -325,41 +296,36 @@ def folder(
     if not request.root.is_dir():
         raise FileNotFoundError(f"image folder {request.root} does not exist")
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
-    return _tree(request, request.root, f"folder:{request.root.name}", memory_limit, workers)
+    return _tree(request, request.root, f"folder:{request.root.name}", (memory_limit, workers))
 
 
-def _tree(
-    request: Request, root: Path, name: str, memory_limit: int | None = None, workers: int = 0
-) -> ImageData | ImageStream:
+def _tree(request: Request, root: Path, name: str, stream: tuple[int, int] | None = None) -> ImageData | ImageStream:
     """Images under ``root/SPLIT/CLASS``; a constant tenth of the training images validates if there is no ``val``."""
     files, classes = _labelled(root / "train")
     size = request.image_size or min(224, side_of(files[0][0]))
-    parts = {s: _labelled(root / s, classes)[0] for s in ("val", "test") if (root / s).is_dir()}
+    parts = {s: _labelled(root / s, classes)[0] for s in ("val", "test") if (root / s).is_dir()} | {"train": files}
     if "val" not in parts:
         if len(files) < 2:
             raise ValueError(f"{root / 'train'} holds 1 image; at least 2 are needed, one to validate on")
         files, held = _shuffled(files), max(1, len(files) // 10)
-        parts["val"], files = files[:held], files[held:]
-    parts["train"] = files
+        parts |= {"val": files[:held], "train": files[held:]}
     if request.split not in parts:
         raise FileNotFoundError(f"image folder {root} has no test split; put images in {root / 'test'}/CLASS")
-    return _from_files(replace(request, image_size=size), name, classes, parts, memory_limit, workers)
+    return _from_files(replace(request, image_size=size), name, classes, parts, stream)
 
 
 def _labelled(root: Path, classes: Sequence[str] | None = None, *, without: str = "") -> tuple[Files, tuple[str, ...]]:
     """Sorted image files ``root/CLASS/*`` with their labels, and the classes: those found, or `classes` if given."""
-    inside = root.iterdir() if root.is_dir() else ()
-    found = [p.name for p in inside if p.is_dir() and p.name != without and not p.name.startswith(".")]
+    found = sorted(p.name for p in root.glob("[!.]*") if p.is_dir() and p.name != without)
     if not found:
         raise ValueError(f"{root} holds no class folders; put the images in {root}/CLASS ({', '.join(EXTENSIONS)})")
-    names = tuple(sorted(found) if classes is None else classes)
-    if unknown := sorted(set(found) - set(names)):
+    names = tuple(found if classes is None else classes)
+    if unknown := [c for c in found if c not in names]:
         raise ValueError(f"{root / unknown[0]} is a class that the training images lack")
     files: Files = make_dataset(root, {c: i for i, c in enumerate(names)}, EXTENSIONS, allow_empty=True)
-    filled = {label for _, label in files}
-    for i, c in enumerate(names):
-        if c in found and i not in filled:
-            raise ValueError(f"{root / c} holds no images ({', '.join(EXTENSIONS)}); add some or delete it")
+    filled = {names[label] for _, label in files}
+    if empty := [c for c in found if c not in filled]:
+        raise ValueError(f"{root / empty[0]} holds no images ({', '.join(EXTENSIONS)}); add some or delete it")
     return files, names
 
 
@@ -367,31 +333,25 @@ def _shuffled(files: Files, seed: int = 0) -> Files:
     return [files[i] for i in permutation(len(files), seed).tolist()]
 
 
-@lru_cache(maxsize=6)
-def _decoded(files: tuple[str, ...], size: int) -> Tensor:
-    return decode_all(files, size)  # kept, because a grid loads the same set for every run
+_decoded = lru_cache(maxsize=6)(decode_all)  # because a grid loads the same set for every run
 
 
 def _from_files(
-    request: Request,
-    name: str,
-    classes: tuple[str, ...],
-    parts: dict[str, Files],
-    memory_limit: int | None = None,
-    workers: int = 0,
+    request: Request, name: str, classes: tuple[str, ...], parts: Parts, stream: tuple[int, int] | None = None
 ) -> ImageData | ImageStream:
     """The asked part, in memory if it fits; mean and std from a constant sample of the training part.
 
-    With no `memory_limit`, the files belong to a data set that does not change, and stay in memory for the next run.
+    More bytes than the first number of `stream` are streamed, by so many workers as the second says. Without, the files
+    belong to a data set that does not change, and stay in memory for the next run.
     """
     size, split, files = request.image_size or 0, request.split, parts[request.split]
-    read = _decoded if memory_limit is None else decode_all
-    mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:_SAMPLE]), size))
+    read = decode_all if stream else _decoded
+    mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:2048]), size))
     if request.limit is not None and request.limit < len(files):  # before decoding; the same choice as `subset` makes
         files = [files[i] for i in sorted(permutation(len(files))[: request.limit].tolist())]
     paths, labels = tuple(path for path, _ in files), torch.tensor([label for _, label in files], dtype=torch.int64)
-    if memory_limit is not None and len(paths) * 3 * size**2 > memory_limit:
-        return ImageStream(paths, labels, classes, mean, std, size, name, split, workers)
+    if stream and len(paths) * 3 * size**2 > stream[0]:
+        return ImageStream(paths, labels, classes, mean, std, size, name, split, workers=stream[1])
     return ImageData(read(paths, size), labels, classes, mean, std, name=name, split=split)
 
 

@@ -1,21 +1,26 @@
-"""Labelled images, in memory or streamed from files, and the batches that training takes from them."""
+"""Labelled images, in memory or streamed from files, and the batches that training takes from them.
+
+Images are uint8 (N, C, H, W) with H = W, labels int64 (N,), masks of objects bool (N, H, W). What is impossible is a
+ValueError.
+"""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as pil
 
 from sdecor.config import AUGMENTATIONS
@@ -30,7 +35,7 @@ def permutation(n: int, seed: int = 0) -> Tensor:
 
 
 def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (at least 1/255) per channel of uint8 images (N, C, H, W), in [0, 1] units."""
+    """Mean and standard deviation (at least 1/255) of each channel, in [0, 1] units."""
     value, mean, std = torch.arange(256, dtype=torch.float64) / 255, [], []
     for channel in images.cpu().unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
@@ -39,31 +44,16 @@ def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean), tuple(std)
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 images (N, C, H, W) brought to a side of `size` pixels, bilinearly and without aliasing."""
-    if images.shape[-1] == size:
-        return images
-    x = interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-    return x.round().clamp(0, 255).to(torch.uint8)
-
-
 def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
-    """Change each image at random, in the order of the list below, whatever the order of the names.
+    """Change each uint8 image at random, in the order of this list, whatever that of the names.
 
     - ``flip``: left-right with probability 1/2;
     - ``crop``: a shift by up to H // 8 pixels, where black moves in at the border;
     - ``cutout``: a black square of side H // 2, centred on any pixel and cut at the border (arXiv:1708.04552).
 
-    Args:
-        x: Images (B, C, H, W), uint8 as black is 0, on any device.
-        names: Some of `sdecor.config.AUGMENTATIONS`.
-        generator: Source of the draws, made on its own device: a CPU generator gives the same images on every device.
-
-    Raises:
-        ValueError: If a name is unknown.
+    The `generator` draws on its own device: one on the CPU gives the same images on every device.
     """
-    for name in names:
-        OneOf(AUGMENTATIONS).check("augmentation", name)
+    OneOf(AUGMENTATIONS).check("augmentation", tuple(names))
     b, _, h, w = x.shape
     at = _CPU if generator is None else generator.device
     rows, cols = torch.arange(h, device=x.device).expand(b, h), torch.arange(w, device=x.device).expand(b, w)
@@ -107,18 +97,21 @@ class _Images(ABC):
         """Number of classes; every label lies below it."""
         return len(self.classes)
 
-    @property
-    def object_masks(self) -> Tensor | None:
-        """Pixels of the objects, bool (N, H, W): exact ones, or the ink of a data set of ink, or None if not known."""
-        return None
-
     @abstractmethod
     def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the uint8 images and the labels at each of the index vectors `parts`."""
+        """Yield the images and the labels at each of the index vectors `parts`."""
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        return mean, std
+    @abstractmethod
+    def _at(self, index: Tensor) -> Self:
+        """The images at these indices."""
+
+    def subset(self, which: int | Sequence[int] | Tensor) -> Self:
+        """The images at these indices; a number draws that many by a constant seed (nested, order kept)."""
+        number = isinstance(which, int)
+        return self._at(permutation(len(self))[:which].sort().values if number else torch.as_tensor(which))
+
+    def _statistics(self, x: Tensor) -> Iterator[Tensor]:
+        return (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
 
     def _normalize(self, images: Tensor) -> Tensor:
         mean, std = self._statistics(images)
@@ -140,24 +133,15 @@ class _Images(ABC):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over ``(x, y)``: float32 normalized (B, C, H, W) and int64 (B,).
 
-        The same state of `generator` gives the same bits.
-
-        Args:
-            batch_size: Images per batch; the last batch may be smaller.
-            shuffle: Draw the order from `generator` (without one, from torch's global state).
-            generator: Source of order and augmentation, best on the CPU: then every device sees the same draws.
-            augment: Names for `augmented`.
-            drop_last: Leave a smaller last batch out.
-
-        Raises:
-            ValueError: If `batch_size` or `augment` is impossible.
+        The `generator` (torch's global one without) draws the order, if it is to `shuffle`, and for `augmented`: one
+        state, one set of bits. A last batch may be smaller, unless `drop_last` leaves it out.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         at = _CPU if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=at) if shuffle else torch.arange(len(self))
-        parts = torch.split(order, batch_size) if len(order) else ()
-        for images, y in self._read([part for part in parts if len(part) == batch_size or not drop_last]):
+        parts = [part for part in order.split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
+        for images, y in self._read(parts):
             yield self._normalize(augmented(images, augment, generator) if augment else images), y
 
 
@@ -165,15 +149,8 @@ class _Images(ABC):
 class ImageData(_Images):
     """One split of a labelled image set, in memory, on any device.
 
-    Args:
-        images: uint8 (N, C, H, W), H = W.
-        labels: int64 (N,), below the number of classes.
-        classes: Their names.
-        mean: Of each channel of the *training* split, in [0, 1] units.
-        std: As `mean`.
-        masks: bool (N, H, W), the pixels of the object where they are known, else None.
-        name: Of the data set, as results should call it.
-        split: ``train``, ``val`` or ``test``.
+    Its `mean` and `std` are those of each channel of the *training* split, in [0, 1] units; `masks` are the pixels of
+    the object where they are known; `name` is what results should call the data set.
     """
 
     images: Tensor
@@ -200,18 +177,9 @@ class ImageData(_Images):
     ) -> ImageData:
         """Check a user's own tensors and wrap them.
 
-        Args:
-            images: (N, C, H, W), uint8 or float in [0, 1] (rounded to 255 steps).
-            labels: Whole numbers (N,).
-            classes: Names; by default ``"0", "1", ...`` up to the largest label.
-            masks: bool (N, H, W) or None.
-            train: The training split, whose classes, mean and std this split takes over; None if this is it.
-            image_size: Side in pixels that images and masks are brought to; by default their own.
-            name: Of the data set.
-            split: Name of the split.
-
-        Raises:
-            ValueError: If shapes do not fit, an image is not finite or out of range, or a label has no class.
+        Images may also be floats in [0, 1], which are rounded to 255 steps. Classes are called ``"0", "1", ...`` up to
+        the largest label by default. `train` is the training split, whose classes, mean and std this split takes over;
+        None if this is it. Images and masks are brought to a side of `image_size` pixels, without aliasing.
 
         >>> data = ImageData.from_tensors(torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
         >>> len(data), data.num_classes
@@ -221,31 +189,30 @@ class ImageData(_Images):
             raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and H = W, got {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{len(images)} images need labels of shape ({len(images)},), got {tuple(labels.shape)}")
-        if masks is not None and masks.shape != (len(images), *images.shape[-2:]):
-            raise ValueError(f"masks must have shape {(len(images), *images.shape[-2:])}, got {tuple(masks.shape)}")
+        if masks is not None and masks.shape != images[:, 0].shape:
+            raise ValueError(f"masks must have shape {tuple(images[:, 0].shape)}, got {tuple(masks.shape)}")
         if images.is_floating_point():
-            bad = ~images.isfinite()
-            if n := int(bad.sum()):
-                i = int(bad.flatten(1).any(1).nonzero()[0])
-                raise ValueError(f"images hold {n} non-finite values (first at index {i}); clean them before training")
+            if n := len(bad := (~images.isfinite()).nonzero()):
+                first = f"(first at index {int(bad[0, 0])})"
+                raise ValueError(f"images hold {n} non-finite values {first}; clean them before training")
             low, high = float(images.min()), float(images.max())
             if low < 0 or high > 1:
                 raise ValueError(f"float images must lie in [0, 1], got {low:g} to {high:g}; rescale or pass uint8")
             images = images.mul(255).round().to(torch.uint8)
         elif images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8 or float, got {images.dtype}")
-        if image_size is not None:
-            images = resized(images, image_size)
-        if image_size is not None and masks is not None:
-            masks = interpolate(masks[:, None].float(), size=(image_size, image_size), mode="nearest-exact")[:, 0]
+        if image_size is not None and image_size != images.shape[-1]:
+            pixels = interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
+            images = pixels.round().clamp(0, 255).to(torch.uint8)
+            if masks is not None:
+                masks = interpolate(masks[:, None].float(), image_size, mode="nearest-exact")[:, 0]
         labels = labels.long()
         if train is not None:
             classes = train.classes
         elif classes is None:
             classes = [str(i) for i in range(max(int(labels.max()) + 1, 1))]
-        wrong = (labels < 0) | (labels >= len(classes))
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
+        if len(wrong := ((labels < 0) | (labels >= len(classes))).nonzero()):
+            i = int(wrong[0])
             raise ValueError(f"labels must lie in 0..{len(classes) - 1}, got {int(labels[i])} at index {i}")
         mean, std = moments(images) if train is None else (train.mean, train.std)
         if len(mean) != images.shape[1]:
@@ -253,10 +220,10 @@ class ImageData(_Images):
         return cls(images, labels, tuple(classes), mean, std, None if masks is None else masks.bool(), name, split)
 
     @property
-    def object_masks(self) -> Tensor | None:  # noqa: D102
-        if self.masks is None and self.name in DATASETS and DATASETS[self.name].ink:
-            return (self.images > 0).any(1)
-        return self.masks
+    def object_masks(self) -> Tensor | None:
+        """Pixels of the objects: exact ones, or the ink of a data set of ink, or None if not known."""
+        ink = self.masks is None and self.name in DATASETS and DATASETS[self.name].ink
+        return (self.images > 0).any(1) if ink else self.masks
 
     @property
     def image_size(self) -> int:
@@ -268,88 +235,67 @@ class ImageData(_Images):
         """Where the tensors live."""
         return self.images.device
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        masks = None if self.masks is None else change(self.masks)
+        return replace(self, images=change(self.images), labels=change(self.labels), masks=masks)
+
     def to(self, device: str | torch.device) -> ImageData:
         """The same data on `device`."""
-        masks = None if self.masks is None else self.masks.to(device)
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), masks=masks)
+        return self._each(lambda tensor: tensor.to(device))
 
-    def subset(self, which: int | Sequence[int] | Tensor) -> ImageData:
-        """The images at these indices; a number draws that many by a constant seed (nested, order kept)."""
-        index = _chosen(which, len(self)).to(self.device)
-        masks = None if self.masks is None else self.masks[index]
-        return replace(self, images=self.images[index], labels=self.labels[index], masks=masks)
+    def _at(self, index: Tensor) -> Self:
+        return self._each(lambda tensor: tensor[index.to(self.device)])
 
     def normalized(self, indices: slice | Sequence[int] | Tensor = slice(None)) -> Tensor:
         """Images as float32 (B, C, H, W): ``(images / 255 - mean) / std``."""
         return self._normalize(self.images[indices])
 
     def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in parts:
-            index = part.to(self.device)
+        for index in (part.to(self.device) for part in parts):
             yield self.images[index], self.labels[index]
 
 
-def _chosen(which: int | Sequence[int] | Tensor, n: int) -> Tensor:
-    return permutation(n)[:which].sort().values if isinstance(which, int) else torch.as_tensor(which)
-
-
-def side_of(path: str) -> int:
-    """Short side of an image file in pixels."""
-    with _named(path), Image.open(path) as image:
-        return min(image.size)
-
-
 @contextmanager
-def _named(path: str) -> Iterator[None]:
+def _opened(path: str) -> Iterator[Image.Image]:
     try:
-        yield
+        with Image.open(path) as image:
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path} ({type(error).__name__}); remove or replace it") from error
 
 
-def _decode(path: str, size: int) -> NDArray[np.uint8]:
-    """RGB, short side resized to `size`, cropped to the centre: (size, size, 3)."""
-    with _named(path), Image.open(path) as image:
-        square = image.convert("RGB")
-        if square.size != (size, size):
-            square = pil.center_crop(pil.resize(square, size), [size, size])
-        return np.array(square)
+def side_of(path: str) -> int:
+    """Short side of an image file in pixels."""
+    with _opened(path) as image:
+        return min(image.size)
 
 
 def decode_all(paths: Sequence[str], size: int) -> Tensor:
-    """Read image files, with one thread per core: uint8 RGB (N, 3, size, size), resized by the short side and cropped.
+    """Read image files, a thread per core: RGB (N, 3, size, size), resized by the short side and cropped to the centre.
 
-    Raises:
-        ValueError: If a file is not a readable image; names it.
+    A file that is not a readable image is named.
     """
     out = np.empty((len(paths), size, size, 3), np.uint8)
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + 64, len(paths))):
-            out[i] = _decode(paths[i], size)
+        for i, path in enumerate(paths[start : start + 64], start):
+            with _opened(path) as image:
+                square = image.convert("RGB")
+                if square.size != (size, size):
+                    square = pil.center_crop(pil.resize(square, size), [size, size])
+                out[i] = np.array(square)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(fill, range(0, len(paths), 64)))
     return torch.from_numpy(out).movedim(-1, 1).contiguous()
 
 
-class _Files(Dataset[Tensor]):
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths, self.size = paths, size
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(_decode(self.paths[index], self.size)).movedim(-1, 0)
-
-
 @dataclass(frozen=True, eq=False)
 class ImageStream(_Images):
     """As `ImageData`, for image files too many to hold: decoded by a DataLoader while training goes on.
 
-    Args:
-        paths: Of the files.
-        image_size: Height and width that every image is brought to.
-        workers: Processes that decode; 0 decodes in this one.
-        device: Where batches are put.
+    Every image is brought to a side of `image_size`; `workers` processes decode, 0 decodes in this one; batches are put
+    on `device`.
     """
 
     paths: tuple[str, ...]
@@ -362,18 +308,18 @@ class ImageStream(_Images):
     split: str = "train"
     workers: int = 0
     device: torch.device = _CPU
+    object_masks = None
 
     def to(self, device: str | torch.device) -> ImageStream:
         """The same data, batches put on `device`."""
         return replace(self, device=torch.device(device))
 
-    def subset(self, which: int | Sequence[int] | Tensor) -> ImageStream:
-        """As `ImageData.subset`."""
-        index = _chosen(which, len(self))
+    def _at(self, index: Tensor) -> Self:
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), labels=self.labels[index])
 
     def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        chosen = [part.tolist() for part in parts]
-        files = DataLoader(_Files(self.paths, self.image_size), batch_sampler=chosen, num_workers=self.workers)
+        chosen: Any = [[self.paths[i] for i in part.tolist()] for part in parts]
+        decode = partial(decode_all, size=self.image_size)
+        files: Iterable[Tensor] = DataLoader(chosen, None, collate_fn=decode, num_workers=self.workers)
         for part, images in zip(parts, files, strict=True):
             yield images.to(self.device, non_blocking=True), self.labels[part.cpu()].to(self.device)

@@ -1,10 +1,15 @@
-"""Masking: choose the least salient pixels of each image and replace them, or fill them in from their neighbours."""
+"""Masking: choose the least salient pixels of each image and replace them, or fill them in from their neighbours.
+
+Images `x` are ``(B, C, H, W)``, masks boolean ``(B, H, W)``, True where a pixel is to be replaced; no argument is
+modified. A generator may live on any device. A fill is a registered function that asks by the names of its parameters
+for some of the arguments of `replacement`. What is unknown or impossible is a ValueError.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from sdecor.registers import FILLS
 
@@ -12,19 +17,10 @@ fill = FILLS.register
 
 
 def lowest(score: Tensor, fraction: float) -> Tensor:
-    """Mark the lowest-scoring share of each image's pixels.
+    """Mark the share `fraction` of each image's pixels with the lowest score ``(B, H, W)``.
 
-    Args:
-        score: ``(B, H, W)``.
-        fraction: Share to mark, strictly between 0 and 1. Exactly ``round(fraction * H * W)`` pixels are marked,
-            whatever ties there are (a ReLU network gives many gradients of exactly 0); which of the tied ones is not
-            specified.
-
-    Returns:
-        Boolean ``(B, H, W)``, True where a pixel is to be replaced.
-
-    Raises:
-        ValueError: If `fraction` is outside (0, 1).
+    Exactly ``round(fraction * H * W)`` pixels are marked, whatever ties there are (a ReLU network gives many gradients
+    of exactly 0); which of the tied ones is not specified.
 
     Example:
         >>> lowest(torch.tensor([[[3., 1.], [2., 0.]]]), 0.5)
@@ -45,42 +41,25 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
 
 
 def replacement(
-    x: Tensor,
-    kind: str = "uniform",
-    *,
-    value: float = 0.0,
-    common: bool = False,
-    generator: torch.Generator | None = None,
+    x: Tensor, kind: str = "uniform", *, value: float = 0.0, common: bool = False, generator: Generator | None = None
 ) -> Tensor:
-    """What masked pixels are replaced with.
+    """What masked pixels are replaced with: a tensor of the shape of `x`, by the fill `kind`.
 
-    Args:
-        x: Images ``(B, C, H, W)``; not modified.
-        kind: Name of a fill: a function that asks by name for some of the arguments of this one.
-        value: For ``constant``, in the units of `x` (0 is the mean pixel of normalized images).
-        common: The same noise for every image, scaled to its range, so that an image's fill does not depend on the
-            images beside it.
-        generator: Source of the noise, on any device.
-
-    Returns:
-        Tensor of the shape of `x`.
-
-    Raises:
-        ValueError: If `kind` is unknown.
+    `value` is for ``constant``, in the units of `x` (0 is the mean pixel of normalized images). With `common`, every
+    image has the same noise, scaled to its range, so that its fill does not depend on the images beside it.
     """
-    given = {"x": x, "value": value, "common": common, "generator": generator}
-    filled: Tensor = FILLS[kind].ask(given)
+    filled: Tensor = FILLS[kind].ask({"x": x, "value": value, "common": common, "generator": generator})
     return filled
 
 
 @fill
-def uniform(x: Tensor, common: bool, generator: torch.Generator | None) -> Tensor:
+def uniform(x: Tensor, common: bool, generator: Generator | None) -> Tensor:
     """Noise between the least and the greatest value of the same image and channel."""
     flat = x.contiguous().flatten(2)
     low, high = flat.amin(2), flat.amax(2)  # twice as fast as aminmax
+    low, span = low[..., None, None], (high - low)[..., None, None]
     device = x.device if generator is None else generator.device
     noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=x.dtype).to(x.device)
-    low, span = low[..., None, None], (high - low)[..., None, None]
     return torch.addcmul(low, noise, span) if common else torch.addcmul(low, noise, span, out=noise)
 
 
@@ -101,23 +80,14 @@ def blur(x: Tensor) -> Tensor:
     """A Gaussian blur of sigma ``H / 10``."""
     from torchvision.transforms.functional import gaussian_blur
 
-    sigma = x.shape[-2] / 10
-    widest = min(x.shape[-2:]) - 1 + min(x.shape[-2:]) % 2  # a kernel no wider than the image
-    blurred: Tensor = gaussian_blur(x, [min(2 * round(2 * sigma) + 1, widest)] * 2, [sigma, sigma])
+    sigma, side = x.shape[-2] / 10, min(x.shape[-2:])
+    kernel = min(2 * round(2 * sigma) + 1, side - 1 + side % 2)  # no wider than the image
+    blurred: Tensor = gaussian_blur(x, [kernel, kernel], [sigma, sigma])
     return blurred
 
 
 def masked(x: Tensor, mask: Tensor, filling: Tensor) -> Tensor:
-    """Put `filling` where `mask` is True.
-
-    Args:
-        x: Images ``(B, C, H, W)``; not modified.
-        mask: Boolean ``(B, H, W)``.
-        filling: Tensor of the shape of `x`, as from `replacement`.
-
-    Returns:
-        Images ``(B, C, H, W)``.
-    """
+    """Images with `filling`, a tensor of their shape as from `replacement`, where `mask` is True."""
     kinds = {(t.device.type, t.dtype, t.requires_grad) for t in (x, filling)}
     if kinds == {("cpu", torch.float32, False)}:  # torch.where branches at every pixel, and guesses half of them wrong
         new, old = filling.view(torch.int32), x.view(torch.int32)
@@ -126,37 +96,16 @@ def masked(x: Tensor, mask: Tensor, filling: Tensor) -> Tensor:
 
 
 def impute(
-    x: Tensor,
-    mask: Tensor,
-    *,
-    noise: float = 0.01,
-    tolerance: float = 1e-10,
-    generator: torch.Generator | None = None,
+    x: Tensor, mask: Tensor, *, noise: float = 0.01, tolerance: float = 1e-10, generator: Generator | None = None
 ) -> Tensor:
     """Fill masked pixels in smoothly from those around them, so that the mask's shape tells a model little.
 
     Every masked pixel is the weighted mean of its neighbours, masked or not (1/6 for each of the four beside it, 1/12
-    for each diagonal one, in proportion at the border), plus Gaussian noise.
-
-    Args:
-        x: Images ``(B, C, H, W)``; not modified, and their masked values do not matter.
-        mask: Boolean ``(B, H, W)``, True where a pixel is to be replaced. An image that is masked whole becomes the
-            mean of each of its channels.
-        noise: Standard deviation of the noise, in units of `x`; the draws are common to all images.
-        tolerance: Relative residual at which each image and channel counts as solved.
-        generator: Source of the noise, on any device.
-
-    Returns:
-        Tensor like `x`, solved in float64.
-
-    Raises:
-        ValueError: If `mask` is not boolean or not of the images' shape.
-
-    Source:
-        Rong et al. 2022 (arXiv:2202.00449), noisy linear imputation.
+    for each diagonal one, in proportion at the border), solved in float64 to a relative residual of `tolerance`, plus
+    Gaussian `noise` of that standard deviation, common to all images: the noisy linear imputation of Rong et al. 2022
+    (arXiv:2202.00449). An image that is masked whole becomes the mean of each of its channels.
     """
-    if mask.shape != (x.shape[0], *x.shape[2:]) or mask.dtype != torch.bool:
-        expected = (x.shape[0], *x.shape[2:])
+    if mask.shape != (expected := (x.shape[0], *x.shape[2:])) or mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean of shape {expected}, got {tuple(mask.shape)} of {mask.dtype}")
     size = len(x) if x.is_cuda else 2**16 // x.shape[1:].numel()  # on a CPU as many images as its cache holds
     parts = zip(x.split(max(size, 1)), mask.unsqueeze(1).split(max(size, 1)), strict=True)
@@ -172,8 +121,7 @@ def _harmonic(x: Tensor, mask: Tensor, tolerance: float) -> Tensor:
     """Solve for the masked pixels, each row times its pixel's sum of weights: symmetric and positive definite."""
     known = ~mask | mask.all(3, keepdim=True).all(2, keepdim=True)
     mean = torch.where(known, x, 0).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
-    degree = _spread(torch.ones_like(x[:1, :1]))
-    inside = mask.double()
+    degree, inside = _spread(torch.ones_like(x[:1, :1])), mask.double()
     residual = _spread((x - mean).masked_fill(mask, 0)).mul_(inside)
     solution, direction = torch.zeros_like(x), residual.clone()
     square = (residual * residual).sum((2, 3), keepdim=True)

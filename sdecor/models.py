@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdecor.registers import MODELS, Between
 
 model = MODELS.register
+_SMALLEST = {"lenet": 12, "cnn_bn": 8, "resnet18": 8, "vgg11_bn": 32}  # sides of images, in pixels
 
 
 @model("lenet", label="LeNet", source="LeCun et al. 1998, doi:10.1109/5.726791")
@@ -26,26 +27,18 @@ class LeNet(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, image_size: int) -> None:
         super().__init__()
-        _at_least("lenet", image_size, 12)
         side = (image_size // 2 - 4) // 2
-        self.conv1 = nn.Conv2d(in_channels, 8, 5, padding=2)
-        self.pool1 = nn.MaxPool2d(2)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(8, 16, 5)
-        self.pool2 = nn.MaxPool2d(2)
-        self.relu2 = nn.ReLU()
-        self.fc1 = nn.Linear(16 * side * side, 128)
-        self.relu3 = nn.ReLU()
-        self.fc2 = nn.Linear(128, 80)
-        self.relu4 = nn.ReLU()
+        self.conv1, self.pool1, self.relu1 = nn.Conv2d(in_channels, 8, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()
+        self.conv2, self.pool2, self.relu2 = nn.Conv2d(8, 16, 5), nn.MaxPool2d(2), nn.ReLU()
+        self.fc1, self.relu3 = nn.Linear(16 * side * side, 128), nn.ReLU()
+        self.fc2, self.relu4 = nn.Linear(128, 80), nn.ReLU()
         self.fc3 = nn.Linear(80, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, K)."""
         x = self.relu1(self.pool1(self.conv1(x)))  # the same as pooling last, on a quarter of the numbers
         x = self.relu2(self.pool2(self.conv2(x)))
-        x = self.relu3(self.fc1(x.flatten(1)))
-        x = self.relu4(self.fc2(x))
+        x = self.relu4(self.fc2(self.relu3(self.fc1(x.flatten(1)))))
         logits: Tensor = self.fc3(x)
         return logits
 
@@ -53,7 +46,6 @@ class LeNet(nn.Module):
 @model(label="CNN with batch norm")
 def cnn_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
     """Three convolutions and two linear layers, each but the last with a ReLU."""
-    _at_least("cnn_bn", image_size, 8)
     parts: dict[str, nn.Module] = {}
     for i, (before, width) in enumerate(pairwise((in_channels, 32, 64, 128)), start=1):
         parts[f"conv{i}"] = nn.Conv2d(before, width, 3, padding=1, bias=False)
@@ -76,20 +68,17 @@ def resnet18(
     from torchvision.models.resnet import BasicBlock, ResNet
 
     class Scaled(ResNet):  # type: ignore[misc]
-        def _make_layer(self, block: Any, planes: int, *args: Any, **how: Any) -> nn.Sequential:
+        def _make_layer(self, block: Any, planes: int, *args: Any, **how: Any) -> Any:
             if planes == 64:
                 self.inplanes = width
-            stage: nn.Sequential = super()._make_layer(block, planes * width // 64, *args, **how)
-            return stage
+            return super()._make_layer(block, planes * width // 64, *args, **how)
 
-    _at_least("resnet18", image_size, 8)
     net: nn.Module = Scaled(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
     if width != 64:
         net.bn1, net.fc = nn.BatchNorm2d(width), nn.Linear(8 * width, num_classes)
     net.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
     if image_size <= 64:
-        net.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
+        net.conv1, net.maxpool = nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.Identity()
     nn.init.kaiming_normal_(net.get_parameter("conv1.weight"), mode="fan_out", nonlinearity="relu")
     return net
 
@@ -99,14 +88,13 @@ def vgg11_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
     """The convolutions of torchvision, and a head of two linear layers after an average over all positions."""
     from torchvision.models.vgg import cfgs, make_layers  # vgg11_bn() would first make a head of 120 million weights
 
-    _at_least("vgg11_bn", image_size, 32)
     features: nn.Sequential = make_layers(cfgs["A"], batch_norm=True)
     features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
-    for module in features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for name, parameter in features.named_parameters():
+        if parameter.ndim == 4:
+            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
     head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, num_classes))
     parts = {"features": features, "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": head}
     return nn.Sequential(OrderedDict(parts))
@@ -120,8 +108,7 @@ def vit(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
     divisors = [p for p in range(2, image_size + 1) if image_size % p == 0]
     patch = min(divisors, key=lambda p: abs(p - image_size / 8), default=1)
     if not 4 <= image_size // patch <= 16:
-        wanted = "4 to 16 patches a side for vit; a multiple of 8 works"
-        raise ValueError(f"image_size={image_size} cannot be cut into {wanted}")
+        raise ValueError(f"{image_size=} cannot be cut into 4 to 16 patches a side for vit; a multiple of 8 works")
     sizes = {"num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768, "representation_size": 128}
     net: nn.Module = VisionTransformer(image_size, patch, **sizes, num_classes=num_classes)
     net.conv_proj = nn.Conv2d(in_channels, 192, patch, stride=patch)
@@ -132,23 +119,11 @@ def vit(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
 
 
 def build(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:
-    """Build a freshly initialized classifier.
+    """A fresh classifier, by its name in `MODELS`, or ``package.module:factory`` for a callable of one's own.
 
-    Args:
-        name: In `sdecor.registers.MODELS`, or ``package.module:factory`` for a callable of one's own.
-        in_channels: Channels of the images.
-        num_classes: Number of logits.
-        image_size: Height and width of the images in pixels.
-        **options: Of the model, see ``sdecor list models NAME``.
-
-    Returns:
-        The model in train mode, on the CPU. In-place activations are turned off, since hooks and input gradients
-        need the values that they would overwrite.
-
-    Raises:
-        ValueError: If a name or option is unknown or impossible, a number is below one, the image is too small for the
-            model, or a factory cannot be found.
-        TypeError: If the factory is not callable or returns something else than an `nn.Module`.
+    It is in train mode, on the CPU, and does nothing in place, since hooks and input gradients need the values that
+    would be overwritten. ``sdecor list models NAME`` shows the `options`. What is unknown or impossible is a
+    ValueError, and a factory that is not callable or returns something else than an `nn.Module` a TypeError.
 
     >>> import torch
     >>> net = build("lenet", in_channels=1, num_classes=10, image_size=28)
@@ -158,10 +133,10 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     for argument, value in (("in_channels", in_channels), ("num_classes", num_classes), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be a positive whole number, got {value!r}")
-    if ":" in name:
-        net = _factory(name)(in_channels, num_classes, image_size, **options)
-    else:
-        net = MODELS[name].function(in_channels, num_classes, image_size, **MODELS[name].checked(options))
+    make, checked = (_factory(name), options) if ":" in name else (MODELS[name].function, MODELS[name].checked(options))
+    if image_size < (smallest := _SMALLEST.get(name, 1)):
+        raise ValueError(f"{image_size=} is too small for {name}, which needs at least {smallest}")
+    net = make(in_channels, num_classes, image_size, **checked)
     if not isinstance(net, nn.Module):
         raise TypeError(f"model {name!r} must return an nn.Module, it returned {type(net).__name__}")
     for module in net.modules():
@@ -171,10 +146,7 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:
-    """Look a layer up by its name in `named_modules()`.
-
-    Raises:
-        ValueError: If there is none; the message lists those that there are.
+    """The layer of that name in `named_modules()`; a ValueError that lists those that there are, if there is none.
 
     >>> layer(build("lenet", 1, 10, 28), "fc3").out_features
     10
@@ -188,67 +160,50 @@ def layer(model: nn.Module, name: str) -> nn.Module:
 def default_layers(model: nn.Module) -> tuple[str, ...]:
     """Name the layers to decorrelate: the last convolution and the penultimate linear layer, in this order.
 
-    The outputs of both are taken before normalization and nonlinearity. The rule goes by the order in which modules
-    are defined, and works on any `nn.Module`:
+    Both are taken before normalization and nonlinearity. The rule goes by the order in which modules are defined, and
+    works on any `nn.Module`; to find neither is a ValueError.
 
-    - the head is the last `nn.Linear`, or without one the last `nn.Conv2d`;
-    - the convolution is the last `nn.Conv2d` before the head; a patch embedding (kernel as large as the stride,
-      larger than one) is none;
-    - the linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
-      them; otherwise the last 2-D average or maximum pooling to one position after that convolution (`avgpool` of a
-      residual network), whose flattened output feeds the head; otherwise none.
-
-    Raises:
-        ValueError: If neither is found.
+    - The head is the last `nn.Linear`, or without one the last `nn.Conv2d`.
+    - The convolution is the last `nn.Conv2d` before it; a patch embedding (kernel as large as the stride, larger than
+      one) is none.
+    - The linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
+      them; otherwise the last 2-D pooling to one position after that convolution (`avgpool` of a residual network).
 
     >>> default_layers(build("lenet", 1, 10, 28))
     ('conv2', 'fc2')
     """
-    modules = list(model.named_modules())
-    kinds = [module for _, module in modules]
-    head = _last(kinds, lambda m: isinstance(m, nn.Linear))
-    if head < 0:
-        head = _last(kinds, lambda m: isinstance(m, nn.Conv2d))
-    body = kinds[: max(head, 0)]
-    conv = _last(body, lambda m: isinstance(m, nn.Conv2d) and not 1 < m.kernel_size[0] == m.stride[0])
-    linear = _last(body, lambda m: isinstance(m, nn.Linear))
-    if linear < _last(body, lambda m: isinstance(m, nn.Conv2d | nn.MultiheadAttention | nn.LayerNorm)):
-        pool = _last(body, _pools_to_one)
+    names, kinds = zip(*model.named_modules(), strict=True)
+    head = _last(kinds, nn.Linear)
+    body = kinds[: max(head if head >= 0 else _last(kinds, nn.Conv2d), 0)]
+    conv = _last(body, nn.Conv2d, lambda m: not 1 < m.kernel_size[0] == m.stride[0])
+    linear = _last(body, nn.Linear)
+    if linear < _last(body, nn.Conv2d | nn.MultiheadAttention | nn.LayerNorm):
+        pool = _last(body, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, lambda m: m.output_size in (1, (1, 1)))
         linear = pool if pool > conv else -1
-    found = tuple(modules[i][0] for i in (conv, linear) if i >= 0)
+    found = tuple(names[i] for i in (conv, linear) if i >= 0)
     if not found:
-        names = ", ".join(name for name, _ in modules if name)
-        raise ValueError(f"no default layers found in {type(model).__name__}; pass layers=, some of: {names}")
+        known = ", ".join(filter(None, names))
+        raise ValueError(f"no default layers found in {type(model).__name__}; pass layers=, some of: {known}")
     return found
 
 
-def _last(modules: list[nn.Module], wanted: Callable[[nn.Module], bool]) -> int:
-    return max((i for i, module in enumerate(modules) if wanted(module)), default=-1)
+def _last(modules: Sequence[nn.Module], kind: Any, wanted: Callable[[Any], bool] = lambda module: True) -> int:
+    return max((i for i, module in enumerate(modules) if isinstance(module, kind) and wanted(module)), default=-1)
 
 
-def _pools_to_one(module: nn.Module) -> bool:
-    return isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) and module.output_size in (1, (1, 1))
-
-
-def _at_least(name: str, image_size: int, smallest: int) -> None:
-    if image_size < smallest:
-        raise ValueError(f"image_size={image_size} is too small for {name}, which needs at least {smallest}")
-
-
-def _factory(name: str) -> Callable[..., object]:
+def _factory(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise ValueError(f"model {name!r} is not of the form package.module:factory")
     try:
-        module = importlib.import_module(module_name)
+        factory = getattr(importlib.import_module(module_name), attribute, None)
     except ModuleNotFoundError as error:
         # a missing import inside the user's own module is the user's to see as it is
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(f"model {name!r}: no module {module_name!r}; install it or put it on PYTHONPATH") from None
-    factory: object = getattr(module, attribute, None)
     if factory is None:
         raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}")
     if not callable(factory):
         raise TypeError(f"model {name!r} must name a callable, it names a {type(factory).__name__}")
-    return factory
+    return factory  # type: ignore[no-any-return]

@@ -2,6 +2,9 @@
 
 A score is a registered function that asks by the names of its parameters for ``gradient`` ``(B, C, H, W)``, ``images``
 ``(B, C, H, W)`` or ``generator``, and gives ``(B, H, W)``; the lowest scores are masked first.
+
+A model is any classifier ``(B, C, H, W) -> (B, K)``; its mode and flags are restored. Logits are ``(B, K)``, images `x`
+``(B, C, H, W)``, a target class indices ``(B,)``, where None takes the predicted class. Others are a ValueError.
 """
 
 from __future__ import annotations
@@ -22,50 +25,34 @@ score = SCORES.register
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode, parameters asking for no gradient, nothing done in place; restore it all afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    inplace: list[Any] = [m for m, _ in modes if getattr(m, "inplace", False) is True]
+    modules: list[Any] = list(model.modules())
+    modes: list[tuple[Any, str, bool]] = [(m, "training", m.training) for m in modules]
+    flags: list[tuple[Any, str, bool]] = [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
+    flags += [(m, "inplace", True) for m in modules if getattr(m, "inplace", False) is True]
     try:
         model.eval()
-        for p, _ in flags:
-            p.requires_grad_(False)
-        for m in inplace:
-            m.inplace = False
+        for owner, flag, _ in flags:
+            setattr(owner, flag, False)
         yield
     finally:
-        for m, mode in modes:
-            m.training = mode
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for m in inplace:
-            m.inplace = True
+        for owner, flag, value in modes + flags:
+            setattr(owner, flag, value)
 
 
 def input_gradient(
     logits: Tensor, x: Tensor, target: Tensor, *, retain_graph: bool = False, create_graph: bool = False
 ) -> Tensor:
-    """Gradient of each sample's target logit with respect to its own input.
+    """Gradient of the sum of the samples' target logits by the input that they were computed from, which requires one.
 
-    It is the gradient of the sum of these logits. Where a sample's logit depends on the others of the batch, as under
-    batch normalization in training mode, it holds what a sample does to their logits too.
+    It is each sample's own (Simonyan et al. 2013, arXiv:1312.6034). Where a sample's logit depends on the others of the
+    batch, as under batch normalization in training mode, it holds what a sample does to their logits too.
 
-    Args:
-        logits: ``(B, K)``, computed from `x`.
-        x: Input ``(B, C, H, W)`` that requires a gradient.
-        target: Class indices ``(B,)``.
-        retain_graph: Keep the graph, so that a loss of the same forward pass can still be differentiated.
-        create_graph: Make the gradient itself differentiable; this keeps the graph too.
-
-    Returns:
-        ``(B, C, H, W)`` in logits per unit of input; a constant, unless `create_graph`.
-
-    Source:
-        Simonyan et al. 2013 (arXiv:1312.6034).
+    `retain_graph` keeps the graph, so that a loss of the same forward pass can still be differentiated; `create_graph`
+    keeps it too, and makes the gradient itself differentiable, which is a constant otherwise.
     """
     chosen = logits.gather(1, target.unsqueeze(1)).sum()
     with torch.autocast(x.device.type, enabled=False):  # else float32 parts of the graph go backward in half precision
-        keep = retain_graph or create_graph
-        return torch.autograd.grad(chosen, x, retain_graph=keep, create_graph=create_graph)[0]
+        return torch.autograd.grad(chosen, x, retain_graph=retain_graph or create_graph, create_graph=create_graph)[0]
 
 
 @score
@@ -89,17 +76,9 @@ def random(images: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def pixel_score(attribution: Tensor, kind: str = "absolute") -> Tensor:
-    """One number per pixel from an attribution.
+    """One number per pixel ``(B, H, W)``, by a score that needs nothing but the gradient.
 
-    Args:
-        attribution: ``(B, C, H, W)``, or ``(B, H, W)`` of a method that scores whole pixels.
-        kind: Name of a score that needs nothing but the gradient.
-
-    Returns:
-        Scores ``(B, H, W)``.
-
-    Raises:
-        ValueError: If `kind` is unknown, or needs something else.
+    The attribution is ``(B, C, H, W)``, or ``(B, H, W)`` of a method that scores whole pixels.
     """
     channels = attribution.unsqueeze(1) if attribution.ndim == 3 else attribution
     result: Tensor = SCORES[kind].ask({"gradient": channels})
@@ -117,19 +96,7 @@ def quick_slope(model: nn.Module, x: Tensor) -> Iterator[Callable[[], AbstractCo
 
 
 def logits_and_gradient(model: nn.Module, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits and input gradient of a trained model, in evaluation mode, from one forward pass.
-
-    Args:
-        model: Any classifier ``(B, C, H, W) -> (B, K)``. Its mode and flags are restored.
-        x: Images ``(B, C, H, W)``; not modified.
-        target: Class indices ``(B,)``; None takes the predicted class.
-
-    Returns:
-        Detached logits ``(B, K)`` and gradient ``(B, C, H, W)``.
-
-    Raises:
-        ValueError: As `checked_images` and `classes_of`.
-    """
+    """Logits and input gradient of a trained model, in evaluation mode, from one forward pass; both detached."""
     target = checked_images(x, target)
     with frozen_eval(model), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
@@ -140,11 +107,7 @@ def logits_and_gradient(model: nn.Module, x: Tensor, target: Tensor | None = Non
 
 
 def checked_images(x: Tensor, target: Tensor | None = None) -> Tensor | None:
-    """Check images ``(B, C, H, W)`` and a target before a forward pass; the target as int64 on their device.
-
-    Raises:
-        ValueError: If they are no images, or not finite, or the target is not one class index for each of them.
-    """
+    """Check images, which must be finite, and a target before a forward pass; the target as int64 on their device."""
     if x.ndim != 4 or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(f"x must be floating images (B, C, H, W), not empty; got {x.dtype} of shape {tuple(x.shape)}")
     if not x.isfinite().all():
@@ -158,16 +121,11 @@ def checked_images(x: Tensor, target: Tensor | None = None) -> Tensor | None:
 
 
 def classes_of(logits: Tensor, target: Tensor | None = None) -> Tensor:
-    """The target, or the predicted class; an index out of range would end CUDA for the whole process.
-
-    Raises:
-        ValueError: If the logits are not ``(B, K)``, or a target is no class of theirs.
-    """
+    """The target, checked against the logits, as an index out of range would end CUDA for the whole process."""
     if logits.ndim != 2:
         raise ValueError(f"model must return logits (B, K), it returned shape {tuple(logits.shape)}")
     if target is None:
         return logits.argmax(1)
-    bad = target[(target < 0) | (target >= logits.shape[1])]
-    if len(bad):
+    if len(bad := target[(target < 0) | (target >= logits.shape[1])]):
         raise ValueError(f"target must lie in 0 to {logits.shape[1] - 1}, got {int(bad[0])}")
     return target

@@ -111,7 +111,7 @@ def test_a_folder_that_changed_is_not_the_one_that_was_described(tmp_path: Path)
     assert Run.of(data=f"folder:{tmp_path}").key != run.key
 
 
-# --- images without their most salient pixels ---------------------------------------------------------------------------
+# --- images without their most salient pixels -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -45,27 +45,13 @@ def attribute(
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
-    """How much each pixel contributes to a class logit.
+    """How much each pixel contributes to a class logit: detached, with the dtype and device of `x`.
 
-    An image's result does not depend on the images beside it, on their order or on `batch_size`: random draws start
-    from `seed` for each image.
-
-    Args:
-        model: Any classifier ``(B, C, H, W) -> (B, K)``. Its mode and flags are restored.
-        x: Images ``(B, C, H, W)``; not modified.
-        target: Class indices ``(B,)``; None takes the predicted class.
-        method: Name in `sdecor.registers.ATTRIBUTIONS`.
-        batch_size: Most rows in a forward pass.
-        progress: Show a bar; None shows one on a terminal, for slow methods.
-        seed: For methods that draw; torch's global state is left as it was.
-        **options: Of the method, which ``sdecor list attributions NAME`` shows.
-
-    Returns:
-        ``(B, C, H, W)``, or ``(B, H, W)`` for methods that are not `per_channel`; signed, detached, with the dtype
-        and device of `x`. See `sdecor.saliency.pixel_score`.
-
-    Raises:
-        ValueError: Unknown method or option, bad values, or a model that the method would be wrong for.
+    Model, images and target are as in `sdecor.saliency`; ``sdecor list attributions NAME`` shows the `options`. A
+    forward pass has at most `batch_size` rows. An image's result does not depend on that, or on the images beside it:
+    random draws start from `seed` for each image, and torch's global state is left as it was. `progress` shows a bar;
+    None shows one on a terminal, for slow methods. What is unknown or impossible is a ValueError, and so is a model
+    that the method would be wrong for.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -110,18 +96,17 @@ def attribute(
 def _for_images(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
     """The options, what belongs to single images as a tensor with a row for each."""
     if "baseline" in options:
-        baseline = torch.as_tensor(options["baseline"]).to(x)
+        baseline = torch.as_tensor(options["baseline"]).detach().to(x)
         try:
-            options["baseline"] = baseline.detach().expand(x.shape)
+            options["baseline"] = baseline.expand(x.shape)
         except RuntimeError:
             shape = tuple(baseline.shape)
             raise ValueError(f"baseline of shape {shape} cannot be broadcast to x, {tuple(x.shape)}") from None
         if not baseline.isfinite().all():
             raise ValueError("baseline has NaN or infinity")
     if not isinstance(options.get("segments", 0), int):
-        labels = torch.as_tensor(options["segments"])
+        options["segments"] = labels = torch.as_tensor(options["segments"]).to(x.device)
         if labels.is_floating_point() or labels.shape != x[:, 0].shape:
             wanted, got = tuple(x[:, 0].shape), f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ValueError(f"segments must be integer labels of shape {wanted}; got {got}")
-        options["segments"] = labels.to(x.device)
     return options

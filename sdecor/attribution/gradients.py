@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from sdecor.registers import ATTRIBUTIONS, Between
 from sdecor.saliency import logits_and_gradient, pixel_score
@@ -14,35 +15,38 @@ from sdecor.saliency import logits_and_gradient, pixel_score
 attribution = ATTRIBUTIONS.register
 Count = Annotated[int, Between(1)]
 Share = Annotated[float, Between(0, 1)]
+Value = float | Tensor
+
+
+def by_captum(kind: str, model: Module, x: Tensor, y: Tensor, **how: Any) -> Tensor:
+    """What captum's method of that name gives; captum is imported when it is first needed."""
+    import captum.attr
+
+    result: Tensor = getattr(captum.attr, kind)(model).attribute(x, target=y, **how)
+    return result
 
 
 @attribution(label="Gradient", source="arXiv:1312.6034", predicts=True)
-def gradient(model: nn.Module, x: Tensor, y: Tensor | None, rows: int) -> Tensor:
+def gradient(model: Module, x: Tensor, y: Tensor | None, rows: int) -> Tensor:
     """Gradient of the logit: what the smallest change of a pixel does to it."""
     return logits_and_gradient(model, x, y)[1]
 
 
 @attribution(label="Absolute gradient", source="arXiv:1312.6034", per_channel=False, predicts=True)
-def absolute(model: nn.Module, x: Tensor, y: Tensor | None, rows: int) -> Tensor:
+def absolute(model: Module, x: Tensor, y: Tensor | None, rows: int) -> Tensor:
     """Magnitude of the gradient, summed over the channels of a pixel."""
     return pixel_score(gradient(model, x, y, rows))
 
 
 @attribution(label="Input x gradient", source="arXiv:1605.01713", predicts=True)
-def input_x_gradient(model: nn.Module, x: Tensor, y: Tensor | None, rows: int) -> Tensor:
+def input_x_gradient(model: Module, x: Tensor, y: Tensor | None, rows: int) -> Tensor:
     """Gradient times the pixel's value, to first order what the pixel adds to that of an image of zeros."""
     return x * gradient(model, x, y, rows)
 
 
 @attribution(label="SmoothGrad", source="arXiv:1706.03825", slow=True)
 def smoothgrad(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    rows: int,
-    *,
-    samples: Count = 25,
-    noise: Annotated[float, Between(0)] = 0.15,
+    model: Module, x: Tensor, y: Tensor, rows: int, *, samples: Count = 25, noise: Annotated[float, Between(0)] = 0.15
 ) -> Tensor:
     """Mean gradient over copies of the image with Gaussian noise.
 
@@ -57,22 +61,19 @@ def smoothgrad(
 
 @attribution(label="Integrated gradients", source="arXiv:1703.01365", slow=True)
 def integrated_gradients(
-    model: nn.Module, x: Tensor, y: Tensor, rows: int, *, steps: Count = 50, baseline: float | Tensor = 0.0
+    model: Module, x: Tensor, y: Tensor, rows: int, *, steps: Count = 50, baseline: Value = 0.0
 ) -> Tensor:
     """Mean gradient at `steps` points of the straight line from `baseline` to the image, times the way of each pixel.
 
     Its sum is the change of the logit along the line, up to the error of the steps.
     """
-    from captum.attr import IntegratedGradients
-
-    method = IntegratedGradients(model)
-    result: Tensor = method.attribute(x, baseline, target=y, n_steps=steps, internal_batch_size=rows)
-    return result
+    how = {"n_steps": steps, "internal_batch_size": rows}
+    return by_captum("IntegratedGradients", model, x, y, baselines=baseline, **how)
 
 
 @attribution(label="Guided integrated gradients", source="arXiv:2106.09788", slow=True, single=False)
 def guided_ig(
-    model: nn.Module,
+    model: Module,
     x: Tensor,
     y: Tensor,
     rows: int,
@@ -80,7 +81,7 @@ def guided_ig(
     steps: Count = 50,
     fraction: Share = 0.25,
     max_dist: Share = 0.02,
-    baseline: float | Tensor = 0.0,
+    baseline: Value = 0.0,
 ) -> Tensor:
     """Integrated gradients along a path that moves the pixels with the smallest gradients first.
 

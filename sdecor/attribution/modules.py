@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdecor.attribution.gradients import Value, by_captum
 from sdecor.models import layer as find_layer
 from sdecor.registers import ATTRIBUTIONS
 from sdecor.saliency import classes_of
@@ -24,17 +25,19 @@ _RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn
 
 
 @attribution(label="DeepLIFT", source="arXiv:1704.02685")
-def deeplift(model: nn.Module, x: Tensor, y: Tensor, rows: int, *, baseline: float | Tensor = 0.0) -> Tensor:
+def deeplift(model: nn.Module, x: Tensor, y: Tensor, rows: int, *, baseline: Value = 0.0) -> Tensor:
     """What each pixel's difference from `baseline` adds to that of the logit, by the rescale rule of each nonlinearity.
 
     The sum is the difference of the logits. Every nonlinearity must be a module that has a rule.
     """
-    from captum.attr import DeepLift
-
     model, count = _rescalable(model, x), max(1, rows // 2)  # a row each for the baselines
     parts = zip(*(v.split(count) for v in (x, torch.as_tensor(baseline), y)), strict=True)
-    with _hooks(_of_kinds(model), _own_input, before=True):
-        return torch.cat([DeepLift(model).attribute(a.clone(), b.clone(), target=t) for a, b, t in parts])
+    with _hooks(_rescaled(model), _own_input, before=True):
+        return torch.cat([by_captum("DeepLift", model, a.clone(), t, baselines=b.clone()) for a, b, t in parts])
+
+
+def _rescaled(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m) in _RESCALED]
 
 
 def _rescalable(model: nn.Module, x: Tensor) -> nn.Module:
@@ -45,28 +48,24 @@ def _rescalable(model: nn.Module, x: Tensor) -> nn.Module:
         calls[module] += 1
         return inputs[0].clone() if output.shape == inputs[0].shape else F.interpolate(inputs[0], output.shape[2:])
 
-    with torch.no_grad(), _hooks(_of_kinds(model), straight):
+    with torch.no_grad(), _hooks(_rescaled(model), straight):
         a, b = torch.randn(2, 1, *x.shape[1:]).to(x)
         values = torch.stack([model(v) for v in (a + b, a, b, torch.zeros_like(a))])
     bend = (values[0] - values[1] - values[2] + values[3]).abs().max()
-    names = ", ".join(kind.__name__ for kind in _RESCALED)
     if bend > torch.finfo(x.dtype).eps ** 0.5 * values.abs().max():
-        raise ValueError(
-            f"deeplift needs every nonlinearity of {type(model).__name__} to be one of the modules {names}; it has "
-            "another one, or a function such as F.relu"
-        )
-    for module in calls:
-        if isinstance(module, nn.MaxPool2d) and (
-            module.dilation not in (1, (1, 1)) or torch.tensor(module.stride).lt(torch.tensor(module.kernel_size)).any()
-        ):
-            raise ValueError(f"deeplift has no rule for windows that overlap, as in {module}")
-    if max(calls.values(), default=0) <= 4:  # once in each of the four passes
-        return model
+        wanted = f"one of the modules {', '.join(kind.__name__ for kind in _RESCALED)}"
+        other = "it has another one, or a function such as F.relu"
+        raise ValueError(f"deeplift needs every nonlinearity of {type(model).__name__} to be {wanted}; {other}")
+    for pool in (module for module in calls if isinstance(module, nn.MaxPool2d)):
+        if pool.dilation not in (1, (1, 1)) or (torch.tensor(pool.stride) < torch.tensor(pool.kernel_size)).any():
+            raise ValueError(f"deeplift has no rule for windows that overlap, as in {pool}")
+    reused = [name for name, module in model.named_modules() if calls[module] > 4]  # more than once in each pass
     try:
-        return _unrolled(model)
+        return _unrolled(model) if reused else model
     except Exception as error:
-        reused = ", ".join(name for name, module in model.named_modules() if calls[module] > 4)
-        raise ValueError(f"deeplift needs one module per use, but {reused} is used more than once") from error
+        raise ValueError(
+            f"deeplift needs one module per use, but {', '.join(reused)} is used more than once"
+        ) from error
 
 
 def _unrolled(model: nn.Module) -> nn.Module:
@@ -96,15 +95,16 @@ def gradcam(model: nn.Module, x: Tensor, y: Tensor | None, rows: int, *, layer: 
             found[:] = norm or found
         elif isinstance(module, nn.LayerNorm):
             norm[:] = [output]
-        if layer or (_is_map(output) and not _is_embedding(module)):
+        embedding = isinstance(module, nn.Conv2d) and 1 < module.kernel_size[0] == module.stride[0]
+        if layer or (_is_map(output) and not embedding):
             found[:] = [output]
 
     with _hooks([find_layer(model, layer)] if layer else model.modules(), keep):
         logits = model(x.clone().requires_grad_())
-        if not found:
-            raise ValueError(f"gradcam found no feature map in {type(model).__name__}; name a layer=")
-        chosen = logits.gather(1, classes_of(logits, y).unsqueeze(1)).sum()
-        (slope,) = torch.autograd.grad(chosen, found, allow_unused=True)
+    if not found:
+        raise ValueError(f"gradcam found no feature map in {type(model).__name__}; name a layer=")
+    chosen = logits.gather(1, classes_of(logits, y).unsqueeze(1)).sum()
+    (slope,) = torch.autograd.grad(chosen, found, allow_unused=True)
     if slope is None:
         raise ValueError("gradcam: the logits do not depend on the chosen layer; name another layer=")
     maps, slope = (_as_map(v.detach(), x) for v in (found[0], slope))
@@ -114,10 +114,6 @@ def gradcam(model: nn.Module, x: Tensor, y: Tensor | None, rows: int, *, layer: 
 
 def _is_map(output: Any) -> bool:
     return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and 1 < module.kernel_size[0] == module.stride[0]
 
 
 def _as_map(output: Tensor, x: Tensor) -> Tensor:
@@ -137,29 +133,20 @@ def _as_map(output: Tensor, x: Tensor) -> Tensor:
 @attribution(label="Guided backpropagation", source="arXiv:1412.6806")
 def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor:
     """Gradient that each ReLU lets back only where it is positive. Every ReLU must be an ``nn.ReLU``."""
-    from captum.attr import GuidedBackprop
-
     relus = [m for m in model.modules() if isinstance(m, nn.ReLU)]
     calls: list[nn.Module] = []
     with _hooks(relus, lambda module, *_: calls.append(module)):
-        pending = [model(x[:1].clone().requires_grad_()).grad_fn]
-    seen = set(pending)
+        pending, seen = [model(x[:1].clone().requires_grad_()).grad_fn], set()
     while pending:
-        node = pending.pop()
-        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= new
-        pending += new
+        if (node := pending.pop()) is not None and node not in seen:
+            seen.add(node)
+            pending += [parent for parent, _ in node.next_functions]
     found = sum(node.name() == "ReluBackward0" for node in seen)
     if not calls or found > len(calls):
         problem = "applies ReLU as a function" if found else "has none"
         raise ValueError(f"guided_backprop needs ReLUs that are modules (nn.ReLU); {type(model).__name__} {problem}")
     with _hooks(relus, _own_input, before=True):
-        result: Tensor = GuidedBackprop(model).attribute(x, target=y)
-    return result
-
-
-def _of_kinds(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m) in _RESCALED]
+        return by_captum("GuidedBackprop", model, x, y)
 
 
 def _own_input(module: nn.Module, inputs: Any) -> Any:

@@ -348,8 +348,8 @@ def _outputs(
 
 def _area(curve: Tensor, fractions: Sequence[float], name: str) -> Tensor:
     if curve.ndim != 2 or curve.shape[1] != len(fractions):
-        columns = f"(B, {len(fractions)}), one column per share"
-        raise ValueError(f"{name} must have shape {columns}, got {tuple(curve.shape)}")
+        wanted = f"(B, {len(fractions)}), one column per share"
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(curve.shape)}")
     return torch.trapezoid(curve.double(), torch.tensor(fractions, dtype=torch.float64, device=curve.device), dim=1)
 
 

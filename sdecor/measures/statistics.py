@@ -81,7 +81,7 @@ def effect_size(a: Values, b: Values) -> float:
     """
     differences = _differences(a, b)
     freedom = len(differences) - 1
-    if freedom < 2 or not _varies(differences):
+    if freedom < 2 or differences.min() == differences.max():
         return math.nan
     factor = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
     mean, sd = summary(differences)
@@ -171,21 +171,17 @@ def _differences(a: Values, b: Values) -> Tensor:
     return differences if differences.max() - differences.min() > rounding else differences[:1].repeat(len(differences))
 
 
-def _varies(differences: Tensor) -> bool:
-    return bool(differences.max() > differences.min())
-
-
 def _interval(differences: Tensor, ends: Callable[[Any], Any]) -> Difference:
     """Mean of the differences, and the ends of its interval, which are asked for where there is some spread."""
     mean = differences.mean().item()
-    if not _varies(differences):
+    if differences.min() == differences.max():
         return Difference(mean, *[mean if len(differences) > 1 else math.nan] * 2)
     return Difference(mean, *map(float, ends(differences.numpy())))
 
 
 def _p_value(differences: Tensor, mean: float = 0.0, alternative: Any = "two-sided") -> float:
     """P-value of Student's t test for that mean of the differences."""
-    if not _varies(differences):
+    if differences.min() == differences.max():
         return math.nan
     return float(scipy.stats.ttest_1samp(differences.numpy(), mean, alternative=alternative).pvalue)
 
