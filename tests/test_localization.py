@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -352,3 +353,34 @@ def test_bad_mosaics(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         mosaic(**({"images": torch.ones(6, 1, 2, 2), "target": torch.arange(6)} | changes))
     assert str(caught.value) == message
+
+
+def test_pointing_game_with_tolerance_by_hand() -> None:
+    a = torch.zeros(1, 9, 9)
+    a[0, 4, 4] = 1
+    for place, distance in (((4, 4), 0), ((4, 6), 2), ((3, 3), math.sqrt(2)), ((1, 0), 5), ((8, 8), math.sqrt(32))):
+        mask = torch.zeros(1, 9, 9, dtype=torch.bool)
+        mask[0][place] = True
+        assert pointing_game(a, mask, distance).item() == 1
+        assert pointing_game(a, mask, math.inf).item() == 1
+        if distance:
+            assert pointing_game(a, mask, distance - 1e-6).item() == 0
+
+
+@given(scenes_with_ties(), st.sampled_from([0.0, 0.9, 1.0, 1.5, 2.0, 2.3, 4.0, 50.0]))
+@settings(max_examples=60, deadline=None)
+def test_tolerance_against_scipy(scene: tuple[Tensor, Tensor], tolerance: float) -> None:
+    a, mask = scene
+    for i, value in enumerate(pointing_game(a, mask, tolerance)):
+        if mask[i].any():
+            distance = scipy.ndimage.distance_transform_edt(~mask[i].numpy())
+            close(value, (distance[a[i].numpy() == a[i].max().item()] <= tolerance + 1e-9).mean())
+        else:
+            assert value.isnan()
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan])
+def test_bad_tolerance(tolerance: float) -> None:
+    with pytest.raises(ValueError) as caught:
+        pointing_game(torch.ones(1, 2, 2), torch.ones(1, 2, 2), tolerance)
+    assert str(caught.value) == f"tolerance must be a number of pixels, 0 or more, got {tolerance}"

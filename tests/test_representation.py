@@ -294,3 +294,24 @@ def test_condition_number_and_effective_rank_agree_on_what_is_zero() -> None:
 def test_examples() -> None:
     failed, tried = doctest.testmod(representation)
     assert failed == 0 < tried
+
+
+@pytest.mark.parametrize("channels", [0, 3, -1])
+def test_a_set_without_features(channels: int) -> None:
+    joint = Covariance()
+    with pytest.raises(ValueError, match=r"^no features were added; call update\(features\) first$"):
+        cka(joint, 1)
+    joint.update(normal(5, 3))
+    with pytest.raises(
+        ValueError, match=rf"^{channels} of 3 features are of the first set; each set needs at least one"
+    ):
+        cka(joint, channels)
+
+
+def test_cka_of_a_whole_data_set() -> None:
+    maps, joint = normal(12, 5, 2, 3), Covariance()
+    for batch in maps.split(5):
+        joint.update(batch)
+    close(cka(joint, 2), cka(maps[:, :2], maps[:, 2:]), 1e-9)
+    with pytest.raises(ValueError, match="^cka takes two tensors, or a Covariance and a number, got Tensor, int$"):
+        cka(maps, 2)

@@ -16,7 +16,7 @@ from maps import close, flags, trained
 from torch import Tensor, nn
 
 from sdecor.measures import sanity
-from sdecor.measures.robustness import spearman
+from sdecor.measures.robustness import spearman, ssim
 from sdecor.measures.sanity import RANDOMIZATIONS, controls, parameter_randomization, randomized
 from sdecor.models import build
 from sdecor.registers import MODELS
@@ -247,3 +247,14 @@ def test_bad_controls() -> None:
 def test_examples() -> None:
     failed, tried = doctest.testmod(sanity)
     assert failed == 0 < tried
+
+
+def test_another_similarity() -> None:
+    model, images, target = trained()
+    similar = parameter_randomization(
+        model, lambda m, x, t: gradient(m, x, t), images, target, similarity=ssim, order="cascading", seed=4
+    )
+    for name, network in randomized(model, seed=4):
+        close(similar[name], ssim(gradient(model, images, target), gradient(network, images, target)))
+    with pytest.raises(ValueError, match=r"^a and b must have the same shape \(B, H, W\), got \(40, 1, 8, 8\)"):
+        parameter_randomization(model, lambda m, x, t: x, images, target)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import conv2d, one_hot, pad
 
 from sdecor.measures._checks import binary, non_negative, require_finite, require_images, shares
 from sdecor.measures.case import measure
@@ -51,14 +51,21 @@ def relevance_rank(saliency: Tensor, mask: Tensor) -> Tensor:
 
 
 @measure("peak on object", better="higher", low=0, high=1)
-def pointing_game(saliency: Tensor, mask: Tensor) -> Tensor:
+def pointing_game(saliency: Tensor, mask: Tensor, tolerance: float = 0.0) -> Tensor:
     """1 where the map's highest pixel lies on the object, else 0; among equally high pixels the share of them on it.
 
-    Source: Zhang et al. 2018, doi:10.1007/s11263-017-1059-x (arXiv:1608.00507), where a peak may miss by 15 pixels.
+    A peak still counts within `tolerance` pixels of the object (Euclidean, between centres); chance grows with it.
+    Source: Zhang et al. 2018, doi:10.1007/s11263-017-1059-x (arXiv:1608.00507), with `tolerance=15`.
     """
-    flat, inside = non_negative(saliency), binary(mask, saliency.shape)
+    flat, near = non_negative(saliency), binary(mask, saliency.shape)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be a number of pixels, 0 or more, got {tolerance}")
+    if reach := int(min(tolerance, max(mask.shape[1:]))):
+        step = torch.arange(-reach, reach + 1, device=mask.device)
+        disc = (step[:, None].square() + step.square() <= tolerance**2).float()
+        near = conv2d(near.view(mask.shape)[:, None].float(), disc[None, None], padding=reach).flatten(1) > 0.5
     peaks = flat == flat.amax(1, keepdim=True)
-    return _defined((peaks & inside).sum(1).double() / peaks.sum(1), saliency, mask)
+    return _defined((peaks & near).sum(1).double() / peaks.sum(1), saliency, mask)
 
 
 @measure("AUROC", better="higher", low=0, high=1)

@@ -104,18 +104,30 @@ def condition_number(features: Tensor | Covariance) -> Tensor:
     return eigenvalues[-1] / eigenvalues[0]
 
 
-def cka(a: Tensor, b: Tensor) -> Tensor:
+def cka(a: Tensor | Covariance, b: Tensor | int) -> Tensor:
     """Linear centred kernel alignment: how alike two sets of features of the same samples are, in [0, 1].
+
+    Of a whole data set, give the `Covariance` of both sets side by side, and the number of features of the first.
 
     It is 1 if one set is a rotated, reflected, shifted and evenly scaled copy of the other, 0 if no feature of one
     correlates with one of the other, and NaN if one is constant. Two independent sets of A and B white features of N
     samples score about sqrt(A B / ((N + A) (N + B))): near 1 where samples are few.
     Source: Kornblith et al. 2019, arXiv:1905.00414.
     """
-    both, split = (_samples(a), _samples(b)), a.shape[1]
-    if (len(a), a.shape[2:]) != (len(b), b.shape[2:]):
-        raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; only their channels may differ")
-    squares = _matrix(torch.cat(both, 1)).square()
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        both, split = (_samples(a), _samples(b)), a.shape[1]
+        if (len(a), a.shape[2:]) != (len(b), b.shape[2:]):
+            raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; only their channels may differ")
+        matrix = _matrix(torch.cat(both, 1))
+    elif isinstance(a, Covariance) and isinstance(b, int):
+        matrix, split = a.matrix, b
+    else:
+        raise ValueError(
+            f"cka takes two tensors, or a Covariance and a number, got {type(a).__name__}, {type(b).__name__}"
+        )
+    if not 0 < split < len(matrix):
+        raise ValueError(f"{split} of {len(matrix)} features are of the first set; each set needs at least one")
+    squares = matrix.square()
     within = squares[:split, :split].sum().sqrt() * squares[split:, split:].sum().sqrt()
     return (squares[:split, split:].sum() / within).clamp(max=1)
 

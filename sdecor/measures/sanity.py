@@ -10,7 +10,7 @@ names, and shapes and masks that do not fit, raise ValueError.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
@@ -67,16 +67,22 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
 
 
 def parameter_randomization(
-    model: nn.Module, explain_with: Explanation, images: Tensor, target: Tensor, order: str = "cascading", seed: int = 0
+    model: nn.Module,
+    explain_with: Explanation,
+    images: Tensor,
+    target: Tensor,
+    order: str = "cascading",
+    seed: int = 0,
+    similarity: Callable[[Tensor, Tensor], Tensor] = spearman,
 ) -> dict[str, Tensor]:
-    """`spearman` of the maps of a model and of each of its `randomized` copies, (B,) by the name of the layer.
+    """Similarity of the maps of a model and of each of its `randomized` copies, (B,) by the name of the layer.
 
     A method whose maps stay alike does not look at the weights, however good its maps look: lower is better.
     Source: Adebayo et al. 2018, arXiv:1810.03292.
     """
     trained = explain_with(model, images, target)
     copies = randomized(model, order=order, seed=seed)
-    return {name: spearman(trained, explain_with(changed, images, target)) for name, changed in copies}
+    return {name: similarity(trained, explain_with(changed, images, target)) for name, changed in copies}
 
 
 @measure("like a random network's", better="lower", low=-1, high=1)
