@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
@@ -91,7 +92,8 @@ def fingerprint(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
-    found = ((p.relative_to(folder), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file())
+    files = (Path(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = ((p.relative_to(folder), p.stat()) for p in sorted(files) if p.is_file())
     seen = [(n.as_posix(), s.st_size, s.st_mtime_ns) for n, s in found if not any(p.startswith(".") for p in n.parts)]
     return _content(tuple(seen), str(folder.resolve()))
 
@@ -101,6 +103,8 @@ def checked_data(
 ) -> tuple[Dataset, Path | None, dict[str, Any]]:
     """The entry of a data set, the folder if `name` is one (``folder:PATH`` or a directory), and all its options."""
     path = None
+    if name in ("", FOLDER):
+        raise ValueError(f"data must be a data set or an image folder (folder:PATH), got {name!r}")
     if name.startswith(FOLDER) or (name not in registers.DATASETS and Path(name).is_dir()):
         path = Path(name.removeprefix(FOLDER)).expanduser()
     elif name not in registers.DATASETS or name == "folder":
@@ -194,6 +198,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         _check(self)
+        object.__setattr__(self, "augment", tuple(name for name in AUGMENTATIONS if name in self.augment))
         if self.optimizer != "sgd" and self.momentum != 0.9:
             raise ValueError(f"momentum has no effect with optimizer '{self.optimizer}'")
 
@@ -231,12 +236,12 @@ class Objective:
                 raise ValueError(f"method '{method}' has no term '{name}'; it has: {', '.join(own.terms)}")
             Option(f"weight of '{name}'", 1.0, Annotated[float, Between(0)]).checked(weight)
         self.method = method
-        self.weights = {name: float(given.get(name, weight)) for name, weight in own.terms.items()}
+        self.weights = {name: float(given.get(name, weight)) or 0.0 for name, weight in own.terms.items()}
         self.terms = {name: weight for name, weight in self.weights.items() if weight}
         if not self.terms:
             raise ValueError(f"all terms of method '{method}' have weight 0")
         options = _settings_of(method)
-        for name, value in settings.items():
+        for name, value in {**own.settings, **settings}.items():
             if name not in options:
                 known = ", ".join(n for n in options if n not in own.settings) or "none"
                 raise ValueError(f"method '{method}' has no setting '{name}'; it has: {known}")
@@ -339,11 +344,14 @@ class Run:
         return {n: getattr(getattr(self, part) if part else self, f.name) for n, (part, f) in _flat().items()}
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by a name of its own, for tables: weights as ``weight TERM``, options by their names."""
+        """Every setting by a name of its own, for tables: options as ``data NAME``, weights as ``weight TERM``."""
         out: dict[str, Any] = {}
+        prefixes = {"weights": "weight ", "data_options": "data ", "model_options": "model "}
         for name, value in self._values().items():
-            prefix = "weight " if name == "weights" else ""
-            out |= {prefix + key: one for key, one in value} if name in PAIRED else {name: value}
+            if name == "settings":
+                out |= {f"setting {key}" if key in _flat() else key: one for key, one in value}
+            else:
+                out |= {prefixes[name] + key: one for key, one in value} if name in PAIRED else {name: value}
         return out
 
     def difference(self) -> dict[str, Any]:

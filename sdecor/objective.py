@@ -105,6 +105,8 @@ class Step:
     @property
     def features(self) -> dict[str, Tensor]:
         """Features of the clean images by layer, in the order asked for."""
+        if not self.layers:
+            raise ValueError("a term asks for features, but none of the method's terms has the option 'layers'")
         _ = self.logits
         reached: dict[str, Tensor] = self._kept["features"]
         if missed := [name for name in self.layers if name not in reached]:

@@ -9,6 +9,7 @@ files of your own, separated as in ``PATH``.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -286,7 +287,7 @@ def use(*names: str) -> None:
                 raise ValueError(f"no module '{name}' to use; give a module on PYTHONPATH, or a file FILE.py") from None
             continue
         path = Path(name).resolve()
-        alias = f"sdecor_use_{path.stem}"
+        alias = f"sdecor_use_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         if getattr(sys.modules.get(alias), "__file__", None) == str(path):
             continue
         if not path.is_file():
@@ -297,9 +298,11 @@ def use(*names: str) -> None:
         sys.modules[alias] = module
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[alias]  # else it would count as used, next time
-            raise
+            if not isinstance(error, Exception):
+                raise
+            raise ValueError(f"cannot use '{name}': {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +310,10 @@ class Term(Entry):
     """A term of the objective: ``Step -> scalar``; see `sdecor.objective.Step`."""
 
     gradient: bool = True  #: Whether it looks at the input gradient; without, the graph to the images is spared.
+
+    def __post_init__(self) -> None:
+        if self.name == "total":
+            raise ValueError("a term cannot be called 'total': that is the sum of the terms")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Columns = Mapping[str, tuple[str, float, int]] | Iterable[str]
 Pairs = Mapping[str, tuple[str, str]]
 DASH = "–"
-_NO_SETTING = ("arm", "seed", "measure", "value")
+_NO_SETTING = ("arm", "key", "seed", "measure", "value")
 _PLAIN = {"accuracy": ("accuracy, % ↑", 100.0, 2), "cross_entropy": ("cross-entropy in training, at the end", 1.0, 4)}
 _OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective rank", 1)}
 _ENDS = ("mean", "low", "high")
@@ -45,19 +45,20 @@ _wrapped = partial(textwrap.fill, break_on_hyphens=False)
 def frame(records: Iterable[Record], extra: Mapping[str, Callable[[Record], float]] | None = None) -> pd.DataFrame:
     """A row for every record and measure, also `extra` ones, functions of a record; a run that comes twice counts once.
 
-    Columns are ``arm`` (see `arms`), every setting that one of the runs has (NaN where another lacks it), ``seed``,
-    ``measure`` and ``value``.
+    Columns are ``arm`` (see `arms`), every setting that one of the runs has (NaN where another lacks it), ``key`` of
+    the run with seed 0, ``seed``, ``measure`` and ``value``.
     """
     rows = []
     for record in {r.run: r for r in records}.values():
         flat = record.run.flat().items()
         settings = {f"{k} (setting)" if k in _NO_SETTING else k: v for k, v in flat if k != "seed"}
         metrics = {**record.metrics, **{name: make(record) for name, make in (extra or {}).items()}}
-        rows += [{**settings, "seed": record.run.seed, "measure": m, "value": v} for m, v in metrics.items()]
+        own = {**settings, "key": record.run.but(seed=0).key, "seed": record.run.seed}
+        rows += [{**own, "measure": m, "value": v} for m, v in metrics.items()]
     if not rows:
         raise ValueError("records is empty; a frame needs one at least")
     out = pd.DataFrame(rows, dtype=object).astype({"seed": int, "measure": str, "value": float})
-    return arms(out[[c for c in out if c not in _NO_SETTING] + ["seed", "measure", "value"]])
+    return arms(out[[c for c in out if c not in _NO_SETTING] + ["key", "seed", "measure", "value"]])
 
 
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -68,7 +69,7 @@ def arms(frame: pd.DataFrame) -> pd.DataFrame:
     """
     frame = frame.reset_index(drop=True)
     settings = [c for c in frame if c not in _NO_SETTING]
-    number = frame.groupby(settings, dropna=False, sort=False).ngroup()
+    number = frame.groupby("key", sort=False).ngroup()
     first = frame.loc[~number.duplicated(), settings]
     titles = Counter(METHODS[method].title for method in first["method"].unique())
     names: dict[int, str] = {}
@@ -79,7 +80,9 @@ def arms(frame: pd.DataFrame) -> pd.DataFrame:
         for place, row in zip(number[rows.index], rows[differ].to_dict("records"), strict=True):
             said = [f"{name}={_text(value)}" for name, value in row.items() if value == value]  # NaN: it lacks that
             names[place] = ", ".join([title, *said])
-    return frame.assign(arm=number.map(names))[["arm", *settings, "seed", "measure", "value"]]
+    shared, keys = Counter(names.values()), frame["key"].groupby(number).first()
+    names = {n: name if shared[name] == 1 else f"{name} [{keys[n]}]" for n, name in names.items()}
+    return frame.assign(arm=number.map(names))[["arm", *settings, "key", "seed", "measure", "value"]]
 
 
 def _differing(rows: pd.DataFrame) -> list[str]:
@@ -162,7 +165,7 @@ def overview(records: Iterable[Record]) -> pd.DataFrame:
     whole = frame(records)
     first = whole.drop_duplicates("arm").set_index("arm")
     named = ["data", "model", "method"]
-    named += [c for c in _differing(first.drop(columns=["seed", "measure", "value"])) if c not in named]
+    named += [c for c in _differing(first.drop(columns=["key", "seed", "measure", "value"])) if c not in named]
     seeds = whole.groupby("arm")["seed"].agg(lambda s: ",".join(map(str, sorted(set(s)))))
     measures = {str(name): (str(name), 1.0, 4) for name in sorted(whole["measure"].unique())}
     out = first[named].assign(seeds=seeds).join(table(whole, measures))

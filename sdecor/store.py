@@ -28,6 +28,7 @@ from sdecor.models import build
 
 log = logging.getLogger("sdecor")
 SHAPE = ("channels", "num_classes", "image_size")
+_FLOAT32 = np.finfo(np.float32)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class Record:
         """Text of the record's file, a list on one line."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         text = json.dumps({**parts, "run": self.run.to_dict()}, indent=1, sort_keys=True)
-        return re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+        return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
 
     @classmethod
     def of_json(cls, text: str) -> Record:
@@ -87,8 +88,9 @@ class Record:
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(str(np.float32(value)))
+    if isinstance(value, float | np.floating):
+        known = value == 0 or _FLOAT32.tiny <= abs(value) <= _FLOAT32.max
+        return float(str(np.float32(value))) if known else float(value)
     if isinstance(value, Mapping):
         return {name: _short(part) for name, part in value.items()}
     return [_short(part) for part in value] if isinstance(value, list | tuple) else value

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdecor.config import Objective
 from sdecor.models import default_layers
-from sdecor.objective import capture, losses
+from sdecor.objective import Step, capture, losses
 
 
 def test_capture_gives_outputs_and_leaves_no_hook() -> None:
@@ -43,6 +43,12 @@ def test_an_open_capture_is_used_and_kept() -> None:
                 return self._orig_mod(x)
 
         assert torch.equal(losses(Compiled(), x, y, o, generator=noise(), features=features)["total"], expected)
+
+
+def test_features_that_nobody_asked_to_keep() -> None:
+    step = Step(lenet(), *batch())
+    with pytest.raises(ValueError, match="none of the method's terms has the option 'layers'"):
+        _ = step.features
 
 
 def test_hooks_go_when_the_forward_pass_raises() -> None:

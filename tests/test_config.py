@@ -122,6 +122,9 @@ def test_the_order_of_options_and_the_type_of_a_number_do_not_matter() -> None:
         data_options={"cue_copies": 1, "samples": 9}, method="noise", weights=[["classification", 1.0]]
     )
     assert Run.of(lr=1, clip=5).key == Run.of(lr=1.0, clip=5.0).key
+    assert Run.of(augment=("flip", "crop")) == Run.of(augment=("crop", "flip"))
+    zero = [Run.of(method="decorrelation", weights={"decorrelation": w}) for w in (0, 0.0, -0.0)]
+    assert len({run.key for run in zero}) == 1
     assert Run.of(data_options={"cue_copies": 2}) == Run()  # the default, spelt out
 
 
@@ -272,6 +275,20 @@ def test_a_fingerprint_tells_names_and_contents(folder: Path) -> None:
     assert fingerprint(folder) not in (first, changed)
     with pytest.raises(FileNotFoundError, match=r"image folder .*nothing does not exist"):
         Run.of(data=f"folder:{folder / 'nothing'}")
+
+
+def test_links_are_followed_as_loading_follows_them(folder: Path, tmp_path: Path) -> None:
+    for name, pictures in (("one", folder / "train"), ("two", folder / "train" / "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train").symlink_to(pictures)
+    one, two = (Run.of(data=f"folder:{tmp_path / name}") for name in ("one", "two"))
+    assert one.key != two.key
+
+
+@pytest.mark.parametrize("name", ["", "folder:"])
+def test_no_name_is_no_folder(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^data must be a data set or an image folder \(folder:PATH\), got "):
+        Run.of(data=name)
 
 
 def test_a_description_is_readable_where_its_folder_is_not(folder: Path) -> None:

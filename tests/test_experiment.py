@@ -60,6 +60,8 @@ def test_a_record_keeps_what_float32_knows(done: Store) -> None:
     again = Record.of_json(text)
     assert again.metrics == {"a": 0.33333334, "b": 0.9913, "c": 1e-9}
     assert again.run == ONE and again.to_json() == text
+    beyond = Record(**{**vars(record), "metrics": {"huge": 1e39, "tiny": 1e-50, "none": 0.0}})
+    assert Record.of_json(beyond.to_json()).metrics == {"huge": 1e39, "tiny": 1e-50, "none": 0.0}
 
 
 def test_a_final_run_leaves_an_exhibit(tmp_path: Path) -> None:

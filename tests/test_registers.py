@@ -11,6 +11,8 @@ import pytest
 
 import sdecor.registers
 from sdecor.registers import (
+    FILLS,
+    TERMS,
     USE,
     Between,
     Entry,
@@ -255,7 +257,26 @@ def test_a_file_that_fails_is_not_taken_for_used(
     file.write_text(f"{HOME}\nraise RuntimeError('half way')".replace("first", "half"))
     monkeypatch.setenv(USE, str(file))
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="half way"):
+        with pytest.raises(ValueError, match=r"^cannot use '.*failing\.py': RuntimeError: half way$"):
             list(things)
     file.write_text(HOME.replace("first", "half"))
     assert list(things) == ["first", "half"]
+
+
+def test_two_files_of_one_name_are_two_files(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(
+            "from sdecor.registers import FILLS\n\n\n@FILLS.register\ndef same(x):\n    return x\n"
+        )
+    try:
+        use(str(tmp_path / "a" / "mine.py"))
+        with pytest.raises(ValueError, match="fill 'same' is there already"):
+            use(str(tmp_path / "b" / "mine.py"))
+    finally:
+        del FILLS["same"]
+
+
+def test_no_term_is_called_total() -> None:
+    with pytest.raises(ValueError, match="a term cannot be called 'total'"):
+        TERMS.register("total")(lambda step: step.logits.sum())

@@ -67,8 +67,8 @@ def test_the_frame_is_tidy() -> None:
     frame = report.frame(RECORDS)
     assert len(frame) == 2 * len(RECORDS)
     settings = {name for r in RECORDS for name in r.run.flat()}
-    assert set(frame) == settings | {"arm", "seed", "measure", "value"}
-    assert [*frame][:1] + [*frame][-3:] == ["arm", "seed", "measure", "value"]
+    assert set(frame) == settings | {"arm", "key", "seed", "measure", "value"}
+    assert [*frame][:1] + [*frame][-4:] == ["arm", "key", "seed", "measure", "value"]
     for r in RECORDS:
         rows = frame[(frame["method"] == r.run.method) & (frame["seed"] == r.run.seed)]
         assert dict(zip(rows["measure"], rows["value"], strict=True)) == r.metrics
@@ -81,6 +81,23 @@ def test_a_setting_that_a_run_lacks_is_not_a_number() -> None:
         "standard": True, "decorrelation": False, "saliencydecor-signed": False,
     }  # fmt: skip
     assert rows["limit"].tolist() == [None] * 3, "nothing is not the same as absent"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"model": "m:f", "model_options": {"epochs": 5}}, {"model": "m:f", "model_options": {"epochs": 9}}),
+        ({"model": "m:f", "model_options": {"x": True}}, {"model": "m:f", "model_options": {"x": 1}}),
+        ({"model": "m:f", "model_options": {"x": None}}, {"model": "m:f"}),
+        ({"clip": None}, {}),
+    ],
+)
+def test_runs_with_different_keys_are_never_one_arm(one: dict[str, Any], other: dict[str, Any]) -> None:
+    shape = {"channels": 1, "num_classes": 10, "image_size": 28}
+    runs = [Run.of(data="digits", seed=0, **one), Run.of(data="digits", seed=1, **other)]
+    frame = report.frame([Record(run, {"accuracy": 0.5}, {}, shape, {}, "") for run in runs])
+    assert frame["arm"].nunique() == 2
+    assert len(report.overview([Record(run, {"accuracy": 0.5}, {}, shape, {}, "") for run in runs])) == 2
 
 
 def test_extra_measures_and_runs_that_come_twice() -> None:
