@@ -28,7 +28,7 @@ from sdecor.models import build
 
 log = logging.getLogger("sdecor")
 SHAPE = ("channels", "num_classes", "image_size")
-_FLOAT32 = np.finfo(np.float32)
+_LEAST, _MOST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class Record:
 
 def _short(value: Any) -> Any:
     if isinstance(value, float | np.floating):
-        known = value == 0 or _FLOAT32.tiny <= abs(value) <= _FLOAT32.max
-        return float(str(np.float32(value))) if known else float(value)
+        number = float(value)
+        return float(str(np.float32(number))) if number == 0 or _LEAST <= abs(number) <= _MOST else number
     if isinstance(value, Mapping):
         return {name: _short(part) for name, part in value.items()}
     return [_short(part) for part in value] if isinstance(value, list | tuple) else value
