@@ -217,7 +217,8 @@ def used(file: Path, before: dict[str, dict[str, Any]]) -> Iterator[Path]:
     """The file is used in this process, too; what it entered is taken out again."""
     use(str(file))
     yield file
-    del sys.modules["sdecor_use_mine"]
+    for alias in [name for name in sys.modules if name.startswith("sdecor_use_mine")]:
+        del sys.modules[alias]
     for kind, register in REGISTERS.items():
         for name in set(register) - set(before[kind]):
             del register[name]

@@ -275,6 +275,8 @@ def test_two_files_of_one_name_are_two_files(tmp_path: Path) -> None:
             use(str(tmp_path / "b" / "mine.py"))
     finally:
         del FILLS["same"]
+        for alias in [name for name in sys.modules if name.startswith("sdecor_use_mine")]:
+            del sys.modules[alias]
 
 
 def test_no_term_is_called_total() -> None:
