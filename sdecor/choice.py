@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
+from sdecor.config import Run
 from sdecor.registers import METHODS, TERMS
-from sdecor.store import Record
 
 
-def accuracy(record: Record) -> float:
-    """Share of right answers."""
-    return record.metrics["accuracy"]
+class Trial(NamedTuple):
+    """A run on validation images, and the share of right answers; minus infinity if it broke down."""
+
+    run: Run
+    accuracy: float
 
 
-def standard_error(record: Record, images: int) -> float:
-    """Standard error of a record's accuracy, measured on so many images."""
-    share = accuracy(record)
-    return float((share * (1 - share) / images) ** 0.5)
+def standard_error(accuracy: float, images: int) -> float:
+    """Standard error of an accuracy, measured on so many images."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
-def smallest_rate(records: Sequence[Record], images: int) -> Record:
+def smallest_rate(trials: Sequence[Trial], images: int) -> Trial:
     """The smallest learning rate whose accuracy lies within one standard error of the best (Breiman et al. 1984)."""
-    best = max(records, key=accuracy)
-    floor = accuracy(best) - standard_error(best, images)
-    return min((r for r in records if accuracy(r) >= floor), key=lambda r: r.run.schedule.lr)
+    best = most_accurate(trials)
+    floor = best.accuracy - standard_error(best.accuracy, images)
+    return min((t for t in trials if t.accuracy >= floor), key=lambda t: t.run.schedule.lr)
 
 
-def strongest(records: Sequence[Record], term: str, floor: float) -> Record:
-    """The largest weight of a term with at least this accuracy; the most accurate record if there is none."""
-    affordable = [r for r in records if accuracy(r) >= floor]
-    return max(affordable, key=lambda r: dict(r.run.weights)[term]) if affordable else max(records, key=accuracy)
+def most_accurate(trials: Sequence[Trial]) -> Trial:
+    """The trial with the most right answers; of equal ones the first. All having broken down is a ValueError."""
+    best = max(trials, key=lambda t: t.accuracy)
+    if best.accuracy == -math.inf:
+        raise ValueError(f"all {len(trials)} trials of method '{best.run.method}' broke down; try smaller values")
+    return best
 
 
-def table(trials: Mapping[str, Iterable[Record]], chosen: Mapping[str, Record]) -> pd.DataFrame:
-    """What was tried for each method, how accurate it was, and which was chosen: a row a trial."""
-    rows = [
-        {
-            "": METHODS[method].title,
-            "learning rate": f"{r.run.schedule.lr:g}",
-            **{f"weight of {t}": f"{w:g}" for t, w in r.run.weights if t != "classification"},
-            "validation accuracy, %": f"{100 * accuracy(r):.2f}",
-            "chosen": "◀" if r is chosen[method] else "",
-        }
-        for method, records in trials.items()
-        for r in records
-    ]
+def strongest(trials: Sequence[Trial], strength: Callable[[Run], float], floor: float) -> Trial:
+    """The strongest trial with at least this accuracy; the most accurate one if there is none."""
+    affordable = [t for t in trials if t.accuracy >= floor]
+    return max(affordable, key=lambda t: strength(t.run)) if affordable else most_accurate(trials)
+
+
+def table(trials: Mapping[str, Sequence[Trial]], chosen: Mapping[str, Run]) -> pd.DataFrame:
+    """What was tried for each arm, how accurate it was, and which was chosen: strings, a row a trial."""
+    rows = []
+    for arm, tried in trials.items():
+        for run, accuracy in tried:
+            own = METHODS[run.method]
+            weights = {f"weight of {t}": f"{w:g}" for t, w in run.weights if t != "classification"}
+            settings = {n: str(v) for n, v in run.objective.difference()[1].items() if n not in own.settings}
+            shown = f"{100 * accuracy:.2f}" if accuracy > -math.inf else "broke down"
+            row = {"": arm, "learning rate": f"{run.schedule.lr:g}", **weights, **settings}
+            rows.append({**row, "validation accuracy, %": shown, "chosen": "◀" if run == chosen.get(arm) else ""})
     frame = pd.DataFrame(rows).set_index("").rename_axis(None).fillna("–")
-    weights = [c for term in TERMS if (c := f"weight of {term}") in frame]
-    return frame[["learning rate", *weights, "validation accuracy, %", "chosen"]]
+    first = ["learning rate", *(c for term in TERMS if (c := f"weight of {term}") in frame)]
+    last = ["validation accuracy, %", "chosen"]
+    return frame[first + [c for c in frame if c not in (*first, *last)] + last]

@@ -44,6 +44,7 @@ BINS = 101
 MOST = 1000
 BYTES = 150_000
 SAMPLES = 3
+CELLS = 4  # of a mosaic
 CONTROLS = ("ground truth", "constant", "edges", "image", "noise")
 _FEATURES = {
     "correlation": representation.mean_abs_correlation,
@@ -73,16 +74,18 @@ def measure(
     seed: int = 0,
     thorough: bool = True,
     metrics: Iterable[str] = RECOMMENDED,
+    curve_images: int | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Accuracy, and what the measures say of the gradient of the predicted class and of the features.
 
     Features are those of `layers`, or of `sdecor.models.default_layers`. Measures that need the map alone, or the map
     and a mask, are always taken, on all images. If it is to be `thorough`, `metrics` that need the model are added, on
-    at most `MOST` images, and the accuracy curves: nearly all of the time goes there. `batch_size` matters to these
-    curves alone, by the noise of their fill.
+    at most `MOST` images, and the accuracy curves, on at most so many `curve_images`: nearly all of the time goes there.
+    `batch_size` matters to these curves alone, by the noise of their fill.
 
     Given are means over images by measure, without those that are undefined on all; and by name, accuracy at each of
-    `FRACTIONS` masked, by fill and order, and the histogram of gradient values.
+    `FRACTIONS` masked, by fill and order, and the histogram of gradient values. Networks that average over positions,
+    and so take images of any size, play the `grid_pointing_game` too.
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
@@ -94,31 +97,57 @@ def measure(
     generator = torch.Generator(device).manual_seed(seed)
     how: dict[str, Any] = {"fractions": FRACTIONS, "output": "correct", "own_order": True, "generator": generator}
     black = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)], device=device).view(1, -1, 1, 1)
+
+    def add_curves(case: Case, y: Tensor) -> None:
+        x = case["images"]
+        for fill in FILLS:
+            new = black if fill == "constant" else replacement(x, fill, generator=generator)
+            for order in ("most", "random"):
+                kept = faithfulness.perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
+                curves[f"masked_{fill}_{order}"].append(kept)
+
     with capture(model.to(device), names) as features:
         for case, y in _explained(model, data, batch_size, seed):
             for name, z in features.items():
                 statistics[name].update(z)
-            x, values = case["images"], {"accuracy": case["target"] == y}
+            values = {"accuracy": case["target"] == y}
             values |= evaluate(case, [name for name in available(case) if name in of_map])
             if case.mask is not None:
                 values["object_area"] = localization.chance_level(case.mask)
             for name, value in values.items():
                 per_image[name].append(value)
             histogram += gradient_histogram(case.attribution)
-            for fill in FILLS if thorough else ():
-                new = black if fill == "constant" else replacement(x, fill, generator=generator)
-                for order in ("most", "random"):
-                    kept = faithfulness.perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
-                    curves[f"masked_{fill}_{order}"].append(kept)
+            if thorough and curve_images is None:
+                add_curves(case, y)
+    some = data.subset(curve_images) if thorough and curve_images is not None else ()
+    for case, y in _explained(model, some, batch_size, seed) if len(some) else ():
+        add_curves(case, y)
     for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
         for name, value in evaluate(case, rest).items():
             per_image[name].append(value)
+    if thorough and data.num_classes >= CELLS and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules()):
+        per_image["grid_pointing_game"].append(grid_pointing_game(model, data.subset(MOST), seed=seed))
     means = {name: float(torch.cat(parts).double().nanmean()) for name, parts in per_image.items()}
     of = {f"{k}_{name}": float(function(s)) for name, s in statistics.items() for k, function in _FEATURES.items()}
     out = {name: torch.cat(parts).mean(0).tolist() for name, parts in curves.items()}
     out["gradient_histogram"] = (histogram / histogram.sum().clamp_min(1)).tolist()
     defined = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     return defined | {name: value for name, value in of.items() if math.isfinite(value)}, out
+
+
+def grid_pointing_game(
+    model: nn.Module, data: ImageData | ImageStream, *, seed: int = 0, batch_size: int = 100
+) -> Tensor:
+    """Share of the gradient's magnitude that lies on the image of the class explained, in mosaics of four, float64.
+
+    The mosaics are those of `sdecor.measures.localization.mosaic` of all the images, ``(M,)``; chance is 1/4. The model
+    must take images of twice the side.
+    """
+    x, y = next(data.batches(len(data)))
+    whole, target, mask = localization.mosaic(x, y, generator=torch.Generator().manual_seed(seed))
+    parts = zip(whole.split(batch_size), target.split(batch_size), mask.split(batch_size), strict=True)
+    of = localization.relevance_mass
+    return torch.cat([of(pixel_score(_gradient(model, images, classes)), cell) for images, classes, cell in parts])
 
 
 def _explained(
@@ -243,7 +272,8 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
         model, record, where = store.model(run), store.record(run), device_of(device)
         assert record is not None  # else there would have been no model
         layers = run.objective.settings.get("layers", ())
-        metrics, curves = measure(model, data, layers=layers, device=where, thorough=run.thorough)
+        how: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
+        metrics, curves = measure(model, data, layers=layers, device=where, **how)
         losses = {name: values for name, values in record.curves.items() if name.startswith("loss_")}
         known = {**record.environment, "measured": environment(where)}
         record = replace(record, metrics=metrics, curves={**losses, **curves}, environment=known)

@@ -6,7 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import safetensors.torch
@@ -15,10 +15,9 @@ import torch
 from sdecor._files import locked
 from sdecor.config import Run
 from sdecor.evaluation import exhibit, measure
-from sdecor.models import build
 from sdecor.prepare import data_of, without_removal
-from sdecor.store import SHAPE, Record, Store, environment
-from sdecor.training import device_of, fit
+from sdecor.store import SHAPE, Record, Store, environment, network
+from sdecor.training import History, device_of, fit
 
 
 def execute(
@@ -30,12 +29,13 @@ def execute(
     amp: bool = False,
     compiled: bool = False,
     progress: bool | None = None,
+    after_epoch: Callable[[int, History], None] | None = None,
     wait: bool = True,
 ) -> Record | None:
     """Do `run` unless its record is in `store`; continue it if it was interrupted.
 
-    `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled` and `progress` are those of
-    `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off.
+    `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled`, `progress` and `after_epoch` are those
+    of `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off.
     """
     checkpoint = store.checkpoint(run)
     record = store.record(run)
@@ -46,7 +46,7 @@ def execute(
             return record
         if (record := store.record(run)) is None:  # else finished by others while we waited, or killed when tidying up
             how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
-            record = _done(run, store, root, how)
+            record = _done(run, store, root, {**how, "after_epoch": after_epoch})
         checkpoint.unlink(missing_ok=True)
         return record
 
@@ -61,10 +61,13 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     shape: dict[str, int] = {name: getattr(train, name) for name in SHAPE}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = build(run.model.name, *shape.values(), **dict(run.model.options))
-    history = fit(model, train, run.objective, run.schedule, seed=run.seed, checkpoint=store.checkpoint(run), **how)
+        model = network(run, shape)
+    spare = 5.0 if where.type == "cuda" else 0.0
+    kept: dict[str, Any] = {"checkpoint": store.checkpoint(run), "spare": spare}
+    history = fit(model, train, run.objective, run.schedule, seed=run.seed, **kept, **how)
     layers = run.objective.settings.get("layers", ())
-    metrics, curves = measure(model, held_out, layers=layers, device=where, thorough=run.thorough)
+    wanted: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
+    metrics, curves = measure(model, held_out, layers=layers, device=where, **wanted)
     shown = exhibit(model, held_out, device=where) if run.thorough else None
     took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
     seconds = {name: round(value, 1) for name, value in took.items()}

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from sdecor.registers import MODELS, Between
+from sdecor.registers import MODELS, Between, OneOf
 
 model = MODELS.register
+PLACES = ("before", "after")
 _SMALLEST = {"lenet": 12, "cnn_bn": 8, "resnet18": 8, "vgg11_bn": 32}  # sides of images, in pixels
 
 
@@ -53,6 +54,18 @@ def cnn_bn(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
         parts[f"relu{i}"] = nn.ReLU()
         parts[f"pool{i}"] = nn.MaxPool2d(2) if i < 3 else nn.AdaptiveAvgPool2d(1)
     parts |= {"flatten": nn.Flatten(), "fc1": nn.Linear(128, 128), "relu4": nn.ReLU()}
+    return nn.Sequential(OrderedDict(parts, fc2=nn.Linear(128, num_classes)))
+
+
+@model(label="small CNN with batch norm")
+def cnn_small(in_channels: int, num_classes: int, image_size: int) -> nn.Module:
+    """Four convolutions, the first three of stride 2, and two linear layers: a photograph's network for two cores."""
+    parts: dict[str, nn.Module] = {}
+    for i, (before, width) in enumerate(pairwise((in_channels, 32, 64, 128, 128)), start=1):
+        parts[f"conv{i}"] = nn.Conv2d(before, width, 3, stride=2 if i < 4 else 1, padding=1, bias=False)
+        parts[f"bn{i}"] = nn.BatchNorm2d(width)
+        parts[f"relu{i}"] = nn.ReLU()
+    parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc1": nn.Linear(128, 128), "relu5": nn.ReLU()}
     return nn.Sequential(OrderedDict(parts, fc2=nn.Linear(128, num_classes)))
 
 
@@ -157,17 +170,19 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def default_layers(model: nn.Module) -> tuple[str, ...]:
+def default_layers(model: nn.Module, *, place: str = "before") -> tuple[str, ...]:
     """Name the layers to decorrelate: the last convolution and the penultimate linear layer, in this order.
 
-    Both are taken before normalization and nonlinearity. The rule goes by the order in which modules are defined, and
-    works on any `nn.Module`; to find neither is a ValueError.
+    Both are taken before normalization and nonlinearity, or with the `place` ``after`` behind these. The rule goes by
+    the order in which modules are defined, and works on any `nn.Module`; to find neither is a ValueError.
 
     - The head is the last `nn.Linear`, or without one the last `nn.Conv2d`.
     - The convolution is the last `nn.Conv2d` before it; a patch embedding (kernel as large as the stride, larger than
       one) is none.
     - The linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
       them; otherwise the last 2-D pooling to one position after that convolution (`avgpool` of a residual network).
+    - Behind the nonlinearity is the next activation defined beside the layer, else the block that the layer is in; a
+      pooling stays.
 
     >>> default_layers(build("lenet", 1, 10, 28))
     ('conv2', 'fc2')
@@ -184,7 +199,24 @@ def default_layers(model: nn.Module) -> tuple[str, ...]:
     if not found:
         known = ", ".join(filter(None, names))
         raise ValueError(f"no default layers found in {type(model).__name__}; pass layers=, some of: {known}")
-    return found
+    OneOf(PLACES).check("place", place)
+    return found if place == "before" else tuple(_activated(model, name) for name in found)
+
+
+def _activated(model: nn.Module, name: str) -> str:
+    """Name of the module that gives the features of a layer after their nonlinearity."""
+    block, _, own = name.rpartition(".")
+    children = dict(model.get_submodule(block).named_children())
+    if isinstance(children[own], nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+        return name
+    behind = list(children)[list(children).index(own) + 1 :]
+    for sibling in behind:
+        module = children[sibling]
+        if type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.MultiheadAttention):
+            return f"{block}.{sibling}".lstrip(".")
+    if not block:
+        raise ValueError(f"no activation follows the layer '{name}' of {type(model).__name__}; pass layers=")
+    return block
 
 
 def _last(modules: Sequence[nn.Module], kind: Any, wanted: Callable[[Any], bool] = lambda module: True) -> int:

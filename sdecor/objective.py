@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from sdecor.config import Objective
 from sdecor.decorrelation import decorrelation as penalized
 from sdecor.masking import lowest, masked, replacement
-from sdecor.models import default_layers, layer
+from sdecor.models import PLACES, default_layers, layer
 from sdecor.registers import FILLS, METHODS, PENALTIES, SCORES, TERMS, Between, Method, OneOf, OnlyWith
 from sdecor.saliency import input_gradient, quick_slope
 from sdecor.whitening import GroupWhitening, full_precision
@@ -96,6 +96,8 @@ class Step:
     @cached_property
     def logits(self) -> Tensor:
         """Logits of the clean images ``(B, K)``."""
+        if self.captured:
+            self.captured.clear()  # of what an earlier pass left
         quick = quick_slope(self.model, self._input) if self._input.requires_grad else nullcontext(nullcontext)
         with quick as self._to_images:
             out: Tensor = self.model(self._input)
@@ -116,19 +118,23 @@ class Step:
     @cached_property
     def gradient(self) -> Tensor:
         """Gradient of each true class's logit by its image ``(B, C, H, W)``, itself differentiable."""
-        return self._slope(create_graph=True)
+        return self._slope(self.logits, create_graph=True)
+
+    @cached_property
+    def log_probability_gradient(self) -> Tensor:
+        """Gradient of each true class's log-probability by its image ``(B, C, H, W)``, itself differentiable."""
+        return self._slope(log_softmax(full_precision(self.logits), 1), create_graph=True)
 
     @cached_property
     def saliency(self) -> Tensor:
         """The same gradient as a constant, from the graph of the clean pass; half the price of `gradient`."""
-        return self.gradient.detach() if "gradient" in self.__dict__ else self._slope(retain_graph=True)
+        return self.gradient.detach() if "gradient" in self.__dict__ else self._slope(self.logits, retain_graph=True)
 
-    def _slope(self, **how: bool) -> Tensor:
+    def _slope(self, of: Tensor, **how: bool) -> Tensor:
         if not self._input.requires_grad:
             raise ValueError("a term asks for the input gradient, but was entered with gradient=False")
-        logits = self.logits
         with self._to_images():
-            return input_gradient(logits, self._input, self.target, **how)
+            return input_gradient(of, self._input, self.target, **how)
 
     def score(self, kind: str) -> Tensor:
         """Score of each pixel ``(B, H, W)``, by the name of a score."""
@@ -198,11 +204,13 @@ def decorrelation(
     penalty: Annotated[str, OneOf(PENALTIES)] = "correlation",
     group_size: Annotated[int | None, Between(1)] = 16,
     layers: tuple[str, ...] = (),
+    place: Annotated[str, OneOf(PLACES), OnlyWith("layers", ())] = "before",
 ) -> Tensor:
     """Mean over layers of a penalty on the correlation of their features.
 
-    The options are the penalty, the channels per group (None for all), and the layers by their names in
-    ``named_modules()`` (none given: `sdecor.models.default_layers`).
+    The options are the penalty, the channels per group (None for all), the layers by their names in
+    ``named_modules()`` (none given: `sdecor.models.default_layers`), and whether these are taken before or after their
+    nonlinearity.
     """
     values = [penalized(z, kind=penalty, group_size=group_size, layer=n) for n, z in step.features.items()]
     return torch.stack(values).mean()
@@ -266,7 +274,8 @@ def layers_of(model: nn.Module, objective: Objective) -> tuple[str, ...]:
     """The layers whose features the terms look at: the setting ``layers``, or the default ones; none without it."""
     if "layers" not in objective.settings:
         return ()
-    return objective.settings["layers"] or default_layers(getattr(model, "_orig_mod", model))  # of a compiled model
+    place = objective.settings.get("place", "before")
+    return objective.settings["layers"] or default_layers(getattr(model, "_orig_mod", model), place=place)  # if compiled
 
 
 __all__ = ["METHODS", "Objective", "Step", "capture", "divergence", "frozen_statistics", "losses", "term"]

@@ -208,10 +208,10 @@ class Entry:
 
 
 class Register(MutableMapping[str, T], Generic[T]):
-    """Names and entries of one kind; `home` is the module that fills it, imported when it is first asked."""
+    """Names and entries of one kind; `homes` are the modules that fill it, imported when it is first asked."""
 
-    def __init__(self, kind: str, entry: type[T], home: str) -> None:
-        self.kind, self.entry, self.home = kind, entry, home
+    def __init__(self, kind: str, entry: type[T], *homes: str) -> None:
+        self.kind, self.entry, self.homes = kind, entry, homes
         self._entries: dict[str, T] = {}
         self._filled = False
 
@@ -230,22 +230,26 @@ class Register(MutableMapping[str, T], Generic[T]):
 
         return enter
 
+    def _go_home(self) -> None:
+        for home in self.homes:
+            importlib.import_module(home)
+
     def _fill(self) -> None:
         if not self._filled:
             self._filled = True
             try:
-                importlib.import_module(self.home)
+                self._go_home()
                 use(*os.environ.get(USE, "").split(os.pathsep))
             except BaseException:
                 self._filled = False
                 raise
 
     def __setitem__(self, name: str, entry: T) -> None:
-        if self.home not in sys.modules:  # so that what is entered from outside comes after what is there
-            importlib.import_module(self.home)
         if entry.function is Entry.function:  # of a method: it has none, and belongs to the module that enters it
             function = types.FunctionType(Entry.function.__code__, {"__name__": sys._getframe(1).f_globals["__name__"]})
             entry = replace(entry, function=function)
+        if entry.function.__module__ not in self.homes:  # what is entered from outside comes after what is there
+            self._go_home()
         new, old = replace(entry, name=name, kind=self.kind), self._entries.get(name)
         # a module or a cell that runs again may replace what it entered itself, and nothing else
         elsewhere = old is not None and old.function.__module__ != new.function.__module__
@@ -323,6 +327,7 @@ class Method(Entry):
     terms: Mapping[Any, float] = field(default_factory=dict, kw_only=False)  #: Name of a term, or itself, to weight.
     settings: Mapping[str, Any] = field(default_factory=dict)  #: Options of terms that are the method's for good.
     dash: Any = "-"  #: Line style in figures, as matplotlib takes it.
+    network: Callable[[Any], Any] | None = None  #: What it changes of the network, if anything, before training.
 
     def __post_init__(self) -> None:
         named = {t if isinstance(t, str) else t.__name__: float(weight) for t, weight in self.terms.items()}
@@ -381,8 +386,8 @@ class Dataset(Entry):
 
 
 PENALTIES: Register[Entry] = Register("penalty", Entry, "sdecor.decorrelation")
-TERMS: Register[Term] = Register("term", Term, "sdecor.objective")
-METHODS: Register[Method] = Register("method", Method, "sdecor.objective")
+TERMS: Register[Term] = Register("term", Term, "sdecor.objective", "sdecor.baselines")
+METHODS: Register[Method] = Register("method", Method, "sdecor.objective", "sdecor.baselines")
 ATTRIBUTIONS: Register[Attribution] = Register("attribution", Attribution, "sdecor.attribution")
 MEASURES: Register[Measure] = Register("measure", Measure, "sdecor.measures")
 DATASETS: Register[Dataset] = Register("data set", Dataset, "sdecor.data")

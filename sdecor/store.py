@@ -25,6 +25,7 @@ import sdecor
 from sdecor._files import replace_atomically, set_aside
 from sdecor.config import Run
 from sdecor.models import build
+from sdecor.registers import METHODS
 
 log = logging.getLogger("sdecor")
 SHAPE = ("channels", "num_classes", "image_size")
@@ -96,11 +97,19 @@ def _short(value: Any) -> Any:
     return [_short(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def network(run: Run, shape: Mapping[str, int]) -> nn.Module:
+    """The fresh network of a run, for images and classes of this `SHAPE`, with what its method changes of it."""
+    model = build(run.model.name, *(shape[name] for name in SHAPE), **dict(run.model.options))
+    change = METHODS[run.method].network
+    return change(model) if change else model
+
+
 class Store:
     """A folder of what runs left, made when first written to.
 
     ``results/DATA/KEY.json``, ``weights/DATA/KEY.safetensors``, ``exhibits/DATA/KEY.safetensors`` (small maps for
-    figures), ``tables/DATA/KEY.csv`` (see `sdecor.evaluation`), and ``unfinished/`` while runs are under way.
+    figures), ``tables/DATA/KEY.csv`` (see `sdecor.evaluation`), ``failed/DATA/KEY.txt``, and ``unfinished/`` while runs are
+    under way.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -115,6 +124,15 @@ class Store:
     def checkpoint(self, run: Run) -> Path:
         """Where an unfinished run keeps its state."""
         return self.root / "unfinished" / f"{run.key}.pt"
+
+    def fail(self, run: Run, why: str) -> None:
+        """Note that training of `run` broke down, so that it is not tried again."""
+        replace_atomically(self.path("failed", run, ".txt"), methodcaller("write", f"{why}\n".encode()))
+
+    def failure(self, run: Run) -> str:
+        """Why training of `run` broke down; empty if it did not."""
+        path = self.path("failed", run, ".txt")
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def record(self, run: Run) -> Record | None:
         """The record of `run`, or None; an unreadable one is set aside and said so, and the run counts as not done."""
@@ -151,7 +169,7 @@ class Store:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record.weights_sha256:
             raise ValueError(f"{path} is not the file that its record describes; delete both to train again")
-        model = build(run.model.name, *(record.shape[name] for name in SHAPE), **dict(run.model.options))
+        model = network(run, record.shape)
         model.load_state_dict(safetensors.torch.load(content))
         return model.eval()
 

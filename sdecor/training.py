@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sdecor._files import replace_atomically, set_aside
 from sdecor.config import Objective, Schedule
+from sdecor.graphs import Captured
 from sdecor.images import ImageData, ImageStream
 from sdecor.objective import capture, layers_of, losses
 from sdecor.saliency import frozen_eval
@@ -128,8 +129,10 @@ def fit(
     device: str = "cpu",
     validation: ImageData | ImageStream | None = None,
     checkpoint: Path | None = None,
+    spare: float = 0.0,
     amp: bool = False,
     compiled: bool = False,
+    graph: bool = True,
     progress: bool | None = None,
     after_epoch: Callable[[int, History], None] | None = None,
 ) -> History:
@@ -147,8 +150,10 @@ def fit(
         device: See `device_of`.
         validation: Images whose accuracy is measured after each epoch.
         checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so.
+        spare: Seconds of work that are not worth a checkpoint: epochs that are shorter share one.
         amp: bfloat16 autocast; whitening and all losses stay in float32.
         compiled: Run the model through ``torch.compile``.
+        graph: On a GPU, replay the step as a CUDA graph, unless the model is compiled.
         progress: Show a bar; None shows it on a terminal only.
         after_epoch: Called with the number of finished epochs and the history.
 
@@ -162,9 +167,10 @@ def fit(
         raise ValueError("train holds no images to learn from")
     description = f"{objective}, {plan}, seed={seed}, images={len(train)}"
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so, on CPUs too
-    optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad])
+    optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad], where)
     history = History({name: [] for name in (*objective.terms, "total")})
     done = _resume(checkpoint, description, history, model=model, optimizer=optimizer)
+    rate = _rate(optimizer, where)
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
     how: dict[str, Any] = {"shuffle": True, "augment": plan.augment, "drop_last": len(train) >= plan.batch_size}
@@ -175,38 +181,58 @@ def fit(
         hidden = None if progress is None else not progress
         bar = tqdm(total=plan.epochs * steps, initial=done * steps, unit="step", leave=False, disable=hidden)
         stack.enter_context(bar)
+        order, noise, saved = torch.Generator(where), torch.Generator(where), time.perf_counter()
+
+        def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            with torch.autocast(where.type, torch.bfloat16, enabled=amp):
+                terms = losses(forward, x, y, objective, generator=noise, features=features)
+            _descend(optimizer, terms["total"], plan.clip)
+            features.clear()  # they hold the graph of the step
+            return {name: value.detach() for name, value in terms.items()}
+
+        train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
-            order, noise = _draws(seed, epoch, where)
+            _draw(seed, epoch, order, noise)
             model.train()
             sums = _Sums([*history.terms], epoch * steps, where.type == "cpu")
             for x, y in data.batches(plan.batch_size, generator=order, **how):
                 x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
                 if epoch == done and sums.steps == 0:
                     _check_labels(model, x, train.labels)
-                with torch.autocast(where.type, torch.bfloat16, enabled=amp):
-                    terms = losses(forward, x, y, objective, generator=noise, features=features)
-                rate = plan.rate(epoch * steps + sums.steps, plan.epochs * steps)
-                _descend(optimizer, terms["total"], rate, plan.clip)
-                sums.add(terms)
+                rate(plan.rate(epoch * steps + sums.steps, plan.epochs * steps))
+                sums.add(train_step(x, y))
                 bar.update()
             sums.means_to(history.terms)
             if validation is not None:
                 history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
             history.seconds.append(time.perf_counter() - started)
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
-            if checkpoint is not None:
+            if checkpoint is not None and time.perf_counter() - saved >= spare:
                 _save(checkpoint, description, history, model=model, optimizer=optimizer)
+                saved = time.perf_counter()
             if after_epoch is not None:
                 after_epoch(epoch + 1, history)
     return history
 
 
-def _optimizer(plan: Schedule, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(plan: Schedule, parameters: list[nn.Parameter], where: torch.device) -> torch.optim.Optimizer:
+    """On a GPU in one kernel, which reads the rate from there, so that a captured step finds the one of today."""
     how: dict[str, Any] = {"lr": plan.lr, "weight_decay": plan.weight_decay}
+    if where.type == "cuda":
+        how |= {"lr": torch.tensor(plan.lr, device=where), "fused": True}
     if plan.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=plan.momentum, nesterov=plan.momentum > 0, **how)
-    return torch.optim.AdamW(parameters, **how)
+    return torch.optim.AdamW(parameters, capturable=where.type == "cuda", **how)
+
+
+def _rate(optimizer: torch.optim.Optimizer, where: torch.device) -> Callable[[float], Any]:
+    """What sets the learning rate, also of an optimizer whose state was read from a file."""
+    (group,) = optimizer.param_groups
+    if where.type != "cuda":
+        return lambda rate: group.update(lr=rate)
+    group["lr"] = torch.tensor(float(group["lr"]), device=where)
+    return lambda rate: group["lr"].fill_(rate)
 
 
 @contextmanager
@@ -216,21 +242,21 @@ def _compiled(model: nn.Module) -> Iterator[Any]:
         yield torch.compile(model, dynamic=False)  # not the default, so that no graph is taken that ignores the hooks
 
 
-def _draws(seed: int, epoch: int, where: torch.device) -> tuple[torch.Generator, torch.Generator]:
-    """Sources of order and augmentation, and of masks; torch's global state, for dropout, is set too."""
+def _draw(seed: int, epoch: int, order: torch.Generator, noise: torch.Generator) -> None:
+    """Seed the sources of order and augmentation, and of masks, and torch's global state, which is for dropout."""
     draw = torch.manual_seed(seed * 1_000_003 + epoch).initial_seed()
-    return torch.Generator().manual_seed(draw), torch.Generator(where).manual_seed(draw + 500_009)
+    order.manual_seed(draw)
+    noise.manual_seed(draw + 500_009)
 
 
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None) -> None:
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float | None) -> None:
     """One step; the parameters alone get a gradient, the images need none."""
     (group,) = optimizer.param_groups
-    group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=group["params"])
     if clip is not None:
         nn.utils.clip_grad_norm_(group["params"], clip)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

@@ -146,6 +146,8 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) 
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     rounding = 2 * torch.finfo(cov.dtype).eps * cov.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
     s = cov + rounding.clamp_min(eps)[..., None, None] * identity
+    if method == "zca" and s.is_cuda:  # as exact, and unlike an eigendecomposition it does not wait for the GPU
+        return newton_schulz(s, iterations=25 if s.dtype == torch.float32 else 50, tolerance=0)
     if method == "zca":
         return inverse_sqrt(s)
     if method == "newton_schulz":

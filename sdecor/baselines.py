@@ -1,0 +1,135 @@
+"""Baselines and controls that take terms of their own: what else could sharpen a map, or whiten features.
+
+They are trained like every other method, see `sdecor.objective`; what each of them is for, the book says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+
+from sdecor.models import default_layers, layer
+from sdecor.objective import Step, classification, consistency, decorrelation, frozen_statistics, term
+from sdecor.registers import METHODS, Between, Method
+from sdecor.saliency import input_gradient, quick_slope
+from sdecor.whitening import GroupWhitening, full_precision, whiten
+
+_PAPER, _OVERSHOOT = "arXiv:2604.25315", 1.25
+
+
+@term(label="squared input gradient", source="arXiv:1712.09936")
+def gradient_penalty(step: Step) -> Tensor:
+    """Squared L2 norm of the gradient of the true class's log-probability by the image, averaged over the batch.
+
+    It is in nats² per squared unit of the images (Varga, Csiszárik and Zombori 2017).
+    """
+    return step.log_probability_gradient.square().sum((1, 2, 3)).mean()
+
+
+@term(label="cross-entropy on attacked images (nats)", source="arXiv:2001.03994", gradient=False)
+def adversarial(step: Step, *, radius: Annotated[float, Between(0, ends=False)] = 0.03) -> Tensor:
+    """Cross-entropy on images moved by one signed gradient step from a random start, within `radius` of each value.
+
+    The radius is in units of the images that the network sees: a grey value of 255 is 1 / (255 std) of it. The step is
+    1.25 radii long (Wong, Rice and Kolter 2020), and no value leaves the range of its channel in the batch.
+    """
+    _ = step.logits  # the clean pass comes first: it alone is averaged by batch norm
+    with frozen_statistics(step.model):
+        logits = step.model(attacked(step, radius))
+    return cross_entropy(full_precision(logits), step.target)
+
+
+def attacked(step: Step, radius: float) -> Tensor:
+    """The images ``(B, C, H, W)`` that `adversarial` trains on; the network's mode is left as it is."""
+    x = step.images
+    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    device = x.device if step.generator is None else step.generator.device
+    noise = torch.rand(x.shape, generator=step.generator, device=device, dtype=x.dtype).to(x.device)
+    start = torch.clamp(x + radius * (2 * noise - 1), low, high).requires_grad_()
+    with frozen_statistics(step.model), quick_slope(step.model, start) as to_images:
+        log_probability = log_softmax(full_precision(step.model(start)), 1)
+    with to_images():
+        slope = input_gradient(log_probability, start, step.target)
+    moved = (start.detach() - x - _OVERSHOOT * radius * slope.sign()).clamp(-radius, radius)
+    return torch.clamp(x + moved, low, high)
+
+
+@contextmanager
+def whitened_on_the_way(model: nn.Module, layers: tuple[str, ...], group_size: int | None) -> Iterator[None]:
+    """Let the layers of these names pass on their features whitened, with the statistics of the batch."""
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        return lambda _m, _i, output: whiten(output, group_size, layer=name).to(output.dtype)
+
+    own = getattr(model, "_orig_mod", model)  # of a compiled model
+    handles = [m.register_forward_hook(hook(name)) for name, m in [(name, layer(own, name)) for name in layers]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@term(label="cross-entropy of whitened features (nats)", source=_PAPER, gradient=False)
+def whitened_classification(
+    step: Step, *, group_size: Annotated[int | None, Between(1)] = 16, layers: tuple[str, ...] = ()
+) -> Tensor:
+    """Cross-entropy of a second pass, in which the features of the layers are whitened on their way to the loss.
+
+    This branch shares all weights with the plain pass and is absent at inference. What reconciles the two is that the
+    same weights have to classify both ways. The options are those of the decorrelation term.
+    """
+    _ = step.logits
+    with whitened_on_the_way(step.model, step.layers, group_size), frozen_statistics(step.model):
+        logits = step.model(step.images)
+    return cross_entropy(full_precision(logits), step.target)
+
+
+def with_whitening(model: nn.Module) -> nn.Module:
+    """Put group-wise ZCA behind the last block: before the average over positions, else behind the last convolution."""
+    (conv, *_), pools = default_layers(model), nn.AdaptiveAvgPool2d
+    name = next((n for n in reversed([n for n, m in model.named_modules() if isinstance(m, pools)])), conv)
+    old, parent = layer(model, name), model.get_submodule(name.rpartition(".")[0])
+    white = GroupWhitening(int(layer(model, conv).out_channels))
+    parts = [white, old] if isinstance(old, pools) else [old, white]
+    setattr(parent, name.rpartition(".")[2], nn.Sequential(*parts))
+    return model
+
+
+_BOTH: dict[Any, float] = {classification: 1, consistency: 1, decorrelation: 1}
+_PENALTY: dict[Any, float] = {classification: 1, decorrelation: 1}
+# ZCA, in all the places where the caption of the paper's Fig. 1 may mean it
+METHODS["decorrelation-zca"] = Method(
+    _PENALTY, settings={"penalty": "zca"}, label="distance to ZCA", source=_PAPER, colour="#66c2a5", dash="--"
+)
+METHODS["zca-in-training"] = Method(
+    {classification: 1, whitened_classification: 1}, label="ZCA in training only", colour="#8da0cb", source=_PAPER
+)
+METHODS["whitening-layer"] = Method(
+    {classification: 1}, network=with_whitening, label="whitening layer", source="arXiv:1804.08450", colour="#a6761d"
+)
+METHODS["decorrelation-after"] = Method(
+    _PENALTY, settings={"place": "after"}, label="decorrelation after ReLU", colour="#1b7837", dash=":"
+)
+METHODS["saliencydecor-zca"] = Method(
+    _BOTH,
+    settings={"score": "absolute", "penalty": "zca"},
+    label="both, distance to ZCA",
+    source=_PAPER,
+    colour="#542788",
+)
+# the same computing time, and what acts on the gradient itself
+METHODS["standard-long"] = Method({classification: 1}, label="standard, time of both", colour="#7f7f7f", dash="--")
+METHODS["gradient-penalty"] = Method(
+    {classification: 1, gradient_penalty: 0.01}, label="input-gradient penalty", source="arXiv:1712.09936"
+)
+METHODS["adversarial"] = Method(
+    {classification: 1, adversarial: 1}, label="adversarial training, FGSM", source="arXiv:2001.03994", dash=":"
+)
+
+__all__ = ["adversarial", "attacked", "gradient_penalty", "whitened_classification", "with_whitening"]
