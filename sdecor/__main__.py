@@ -1,14 +1,17 @@
-"""The command line: ``sdecor train | grid | measure | show | list | data``, also as ``python -m sdecor``.
+"""The command line: ``sdecor train | grid | plan | run | merge | measure | show | list | data``.
 
 Heavy imports wait for the command that needs them, so that ``sdecor --help`` is quick.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import time
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +21,7 @@ from sdecor.config import PAIRED, Run, flat_fields, flat_options, method_grid
 from sdecor.registers import REGISTERS, USE, literal
 
 if TYPE_CHECKING:
+    from sdecor.plan import Course
     from sdecor.store import Store
 
 Command = Callable[..., Any]
@@ -146,6 +150,119 @@ def grid(
         experiment.grid(runs, shelf, workers=workers, root=data_root or None, progress=progress, **how)
     finally:
         count()
+
+
+_planned = _several(
+    click.argument("name", metavar="PLAN"),
+    click.option("--preset", default="cpu", show_default=True, help="Size: one of the plan's presets."),
+)
+_sized = _several(
+    _device,
+    click.option("--seeds", default=0, help="How many, in place of the preset's."),
+)
+
+
+def _course(name: str, preset: str, seeds: int) -> Course:
+    """The plan in a file, or of that name in this folder or in book/experiments below it, at a preset."""
+    from sdecor.plan import Plan
+
+    places = [Path(name)] if name.endswith(".toml") else [Path(f"{name}.toml"), Path(f"book/experiments/{name}.toml")]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise FileNotFoundError(f"no plan '{name}': looked for {' and '.join(map(str, places))}")
+    return Plan.read(found[0]).at(preset, **({"seeds": seeds} if seeds else {}))
+
+
+@app.command("plan")
+@_planned
+@_sized
+@_where
+def show_plan(name: str, preset: str, seeds: int, device: str, store: str, data_root: str) -> None:
+    """Say what a plan would run, what is done, and how long the rest takes here."""
+    from sdecor import planned
+
+    course, shelf = _course(name, preset, seeds), _store(store, data_root)
+    click.echo(f"{course.plan.title} ({preset}), records in {shelf.root}")
+    listed = list(planned.work(course, shelf))
+    for arm in course.arms.values():
+        own = [(todo, done) for todo, done in listed if todo.arm == arm.name]
+        parts = []
+        for stage in ("trial", "final"):
+            n = [done for todo, done in own if todo.stage == stage]
+            parts.append(f"{sum(n)} of {len(n)} {stage}s" if n else f"no {stage} known yet")
+        click.echo(f"  {arm.name:32s} {', '.join(parts)}{', later' if arm.later else ''}")
+    prices = planned.Prices(shelf, device, course.amp, root=data_root or None)
+    seconds, unknown = planned.seconds_left(course, shelf, prices)
+    done = sum(done for _, done in listed)
+    click.echo(f"{done} runs done, {len(listed) - done} to do, {unknown} that depend on what these find")
+    click.echo(f"Those to do take about {_minutes(seconds)} one after another on {device}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+@app.command("run")
+@_planned
+@_sized
+@_where
+@click.option("--workers", default=1, **_FROM_1, help="Processes; GPUs are taken in turn.")
+@click.option("--threads", default=0, help="CPU threads of each. [default: 1 for several workers, else torch's]")
+@click.option("--budget", default=0.0, help="Seconds after which nothing goes on. [default: none]")
+@click.option("--pack", "out", default="", help="Folder for a parcel of the records, which `merge` takes.")
+@click.option("--compile", "compiled", is_flag=True, help="Run the models through torch.compile.")
+def run_plan(
+    name: str,
+    preset: str,
+    seeds: int,
+    device: str,
+    store: str,
+    data_root: str,
+    workers: int,
+    threads: int,
+    budget: float,
+    out: str,
+    compiled: bool,
+) -> None:
+    """Work through a plan in order of value; stop it at any moment, start it again, and it goes on."""
+    began = time.time()
+    from sdecor import parcels, planned
+
+    course, shelf = _course(name, preset, seeds), _store(store, data_root)
+
+    def pack() -> None:
+        if out:
+            done = [todo.run for todo, ready in planned.work(course, shelf) if ready]
+            parcels.pack(done, shelf, Path(out), f"{course.plan.name}-{preset}")
+
+    how: dict[str, Any] = {"workers": workers, "threads": threads or None, "compiled": compiled, "after": pack}
+    how["budget"] = budget - (time.time() - began) if budget else math.inf
+    try:
+        planned.run_plan(course, shelf, root=data_root or None, device=device, **how)
+    finally:
+        listed = list(planned.work(course, shelf))
+        done, broken = sum(done for _, done in listed), [todo for todo, _ in listed if shelf.failure(todo.run)]
+        for todo in broken:
+            click.echo(f"broke down: {todo.stage} of {todo.arm}, {shelf.failure(todo.run)}")
+        unknown = max(course.count() - len(listed), 0)
+        rest = f"{len(listed) - done} to do, {unknown} that depend on these"
+        click.echo(f"{done} runs done, {rest}, after {_minutes(time.time() - began)}; records in {shelf.root}")
+
+
+@app.command("merge")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--store", required=True, help="Folder of records that takes them.")
+def merge(source: Path, store: str) -> None:
+    """Take the records of another store, or of a parcel, into a store; say what was taken."""
+    from sdecor import parcels
+
+    taken = parcels.merge(source, _store(store, ""))
+    for record in taken.new:
+        run = record.run
+        click.echo(f"{run.key}: {run.method} on {run.data.name}, seed {run.seed}, {run.evaluate_on}")
+    if taken.left:
+        click.echo(f"{len(taken.left)} files belong to no store and stay: {', '.join(taken.left[:5])}")
+    click.echo(f"{len(taken.new)} records taken, {taken.known} were there, {taken.failed} notes of broken runs")
 
 
 def _numbers(text: str) -> list[int]:

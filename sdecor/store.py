@@ -33,13 +33,13 @@ _LEAST, _MOST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.f
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions, commit and date of work done now."""
+    """Device, threads, versions, commit and date of work done now; ``SDECOR_COMMIT`` tells it where there is no git."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent
         commit = subprocess.check_output(describe, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
-        commit = "unknown"
+        commit = os.environ.get("SDECOR_COMMIT", "unknown")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),

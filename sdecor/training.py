@@ -176,6 +176,9 @@ def fit(
     how: dict[str, Any] = {"shuffle": True, "augment": plan.augment, "drop_last": len(train) >= plan.batch_size}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
+        if where.type == "cuda":
+            stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+            torch.backends.cudnn.benchmark = True  # every step has the same shapes
         features = stack.enter_context(capture(model, layers_of(model, objective)))
         forward = stack.enter_context(_compiled(model)) if compiled else model
         hidden = None if progress is None else not progress
