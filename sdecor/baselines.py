@@ -92,12 +92,14 @@ def whitened_classification(
 
 def with_whitening(model: nn.Module) -> nn.Module:
     """Put group-wise ZCA behind the last block: before the average over positions, else behind the last convolution."""
-    (conv, *_), pools = default_layers(model), nn.AdaptiveAvgPool2d
-    name = next((n for n in reversed([n for n, m in model.named_modules() if isinstance(m, pools)])), conv)
-    old, parent = layer(model, name), model.get_submodule(name.rpartition(".")[0])
-    white = GroupWhitening(int(layer(model, conv).out_channels))
-    parts = [white, old] if isinstance(old, pools) else [old, white]
-    setattr(parent, name.rpartition(".")[2], nn.Sequential(*parts))
+    modules, conv = dict(model.named_modules()), default_layers(model)[0]
+    if not isinstance(modules[conv], nn.Conv2d):
+        raise ValueError(f"whitening needs a convolution to go behind, and {type(model).__name__} has none")
+    behind = list(modules)[list(modules).index(conv) + 1 :]
+    name = next((n for n in reversed(behind) if isinstance(modules[n], nn.AdaptiveAvgPool2d)), conv)
+    old, parent = modules[name], model.get_submodule(name.rpartition(".")[0])
+    white = GroupWhitening(modules[conv].out_channels)
+    setattr(parent, name.rpartition(".")[2], nn.Sequential(*([old, white] if name == conv else [white, old])))
     return model
 
 
@@ -126,10 +128,17 @@ METHODS["saliencydecor-zca"] = Method(
 # the same computing time, and what acts on the gradient itself
 METHODS["standard-long"] = Method({classification: 1}, label="standard, time of both", colour="#7f7f7f", dash="--")
 METHODS["gradient-penalty"] = Method(
-    {classification: 1, gradient_penalty: 0.01}, label="input-gradient penalty", source="arXiv:1712.09936"
+    {classification: 1, gradient_penalty: 0.01},
+    label="input-gradient penalty",
+    source="arXiv:1712.09936",
+    colour="#e7298a",
 )
 METHODS["adversarial"] = Method(
-    {classification: 1, adversarial: 1}, label="adversarial training, FGSM", source="arXiv:2001.03994", dash=":"
+    {classification: 1, adversarial: 1},
+    label="adversarial training, FGSM",
+    source="arXiv:2001.03994",
+    colour="#66a61e",
+    dash=":",
 )
 
 __all__ = ["adversarial", "attacked", "gradient_penalty", "whitened_classification", "with_whitening"]

@@ -274,8 +274,8 @@ def layers_of(model: nn.Module, objective: Objective) -> tuple[str, ...]:
     """The layers whose features the terms look at: the setting ``layers``, or the default ones; none without it."""
     if "layers" not in objective.settings:
         return ()
-    place = objective.settings.get("place", "before")
-    return objective.settings["layers"] or default_layers(getattr(model, "_orig_mod", model), place=place)  # if compiled
+    own, place = getattr(model, "_orig_mod", model), objective.settings.get("place", "before")  # if it is compiled
+    return objective.settings["layers"] or default_layers(own, place=place)
 
 
 __all__ = ["METHODS", "Objective", "Step", "capture", "divergence", "frozen_statistics", "losses", "term"]
