@@ -69,6 +69,7 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     wanted: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
     metrics, curves = measure(model, held_out, layers=layers, device=where, **wanted)
     shown = exhibit(model, held_out, device=where) if run.thorough else None
+    circumstances = {**environment(where), "data": train.name, "amp": how["amp"], "compiled": how["compiled"]}
     took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
     seconds = {name: round(value, 1) for name, value in took.items()}
     state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
@@ -78,7 +79,7 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
         metrics=metrics,
         curves={**{f"loss_{name}": values for name, values in history.terms.items()}, **curves},
         shape=shape,
-        environment={**environment(where), "amp": how["amp"], "compiled": how["compiled"], **seconds},
+        environment={**circumstances, **seconds},
         weights_sha256=hashlib.sha256(content).hexdigest(),
     )
     store.write(record, content, shown)

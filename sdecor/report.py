@@ -1,4 +1,4 @@
-"""From records to what a page shows: a tidy frame, and of it tables, paired differences, a forest plot, glued numbers.
+"""From records to what a page shows: a tidy frame, of it tables, differences, verdicts, a forest plot, glued numbers.
 
 The frame has a row for every record and measure, and all settings as columns. Runs that differ in anything but the seed
 are different **arms**; nothing here pools them. A measure is undefined where a record lacks it or holds no finite
@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sdecor.measures.statistics import compare, holm, summary
+from sdecor.measures.statistics import below, compare, equivalence, holm, summary
 from sdecor.registers import MEASURES, METHODS
 from sdecor.store import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from sdecor.plan import Claim
 
 Columns = Mapping[str, tuple[str, float, int]] | Iterable[str]
 Pairs = Mapping[str, tuple[str, str]]
@@ -37,6 +39,10 @@ _NO_SETTING = ("arm", "key", "seed", "measure", "value")
 _PLAIN = {"accuracy": ("accuracy, % ↑", 100.0, 2), "cross_entropy": ("cross-entropy in training, at the end", 1.0, 4)}
 _OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective rank", 1)}
 _ENDS = ("mean", "low", "high")
+_LEVEL = 0.05
+_CLAIMED = ["name", "text", "measure", "direction", "arm", "reference", "method", "n", "seeds", *_ENDS]
+_CLAIMED += ["p", "p_holm", "p_equivalent", "smallest"]
+_SIGNS = {"higher": "+", "lower": "-", "equal": "±"}
 
 
 _wrapped = partial(textwrap.fill, break_on_hyphens=False)
@@ -173,9 +179,10 @@ def overview(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _arm(frame: pd.DataFrame, name: str) -> str:
-    """The arm of that name, or the only arm of that method."""
+    """The arm of that name or key, or the only arm of that method."""
     known = list(frame["arm"].unique())
-    found = [name] if name in known else list(frame.loc[frame["method"] == name, "arm"].unique())
+    called = (frame["method"] == name) | (frame["key"] == name)
+    found = [name] if name in known else list(frame.loc[called, "arm"].unique())
     if len(found) != 1:
         problem = "several arms have method" if found else "unknown arm"
         raise ValueError(f"{problem} '{name}'; known: {'; '.join(known)}")
@@ -225,7 +232,7 @@ def _compared(both: pd.DataFrame) -> dict[str, float]:
     """Difference of the first column to the second."""
     if both.empty:
         return dict.fromkeys((*_ENDS, "p"), math.nan)
-    rows = [("ab"[place], seed, "", v) for place, column in enumerate(both) for seed, v in both[column].items()]
+    rows = [("ab"[place], seed, "", v) for place in (0, 1) for seed, v in both.iloc[:, place].items()]
     found = compare(pd.DataFrame(rows, columns=["method", "seed", "metric", "value"]), "b")
     return dict(found.rename(columns={"difference": "mean"}).iloc[0][[*_ENDS, "p"]])
 
@@ -250,6 +257,103 @@ def difference_table(differences: pd.DataFrame, columns: Columns) -> pd.DataFram
                 interval = f" [{low}, {high}]" if row["n"] > 1 else ""
                 out[label][heading] = mean + interval + _of(row["n"], row["seeds"])
     return pd.DataFrame.from_dict(out, orient="index")
+
+
+def verdict(frame: pd.DataFrame, claims: Iterable[Claim], arms: Mapping[str, str] | None = None) -> pd.DataFrame:
+    r"""What became of the claims of a plan: 'holds', 'does not hold', or in all other cases 'cannot tell'.
+
+    Of the paired differences of a claim's `arm` to the one it is `against`, with `smallest` the smallest that matters:
+
+    =======  =======================================  =============================================================
+    claimed  holds                                    does not hold
+    =======  =======================================  =============================================================
+    higher   ``p_holm`` < 0.05 and mean >= smallest   ``p_equivalent`` < 0.05, or ``p_holm`` < 0.05 and mean < 0
+    lower    ``p_holm`` < 0.05 and mean <= -smallest  ``p_equivalent`` < 0.05, or ``p_holm`` < 0.05 and mean > 0
+    equal    ``p_equivalent`` < 0.05                  ``p_holm`` < 0.05 and \|mean\| > smallest
+    =======  =======================================  =============================================================
+
+    ``p_holm`` is that of the paired t test for any difference, ``p_equivalent`` that for one too small to matter: for
+    less than `smallest` in the claimed direction (`below`), or, if `equal` is claimed, in either (`equivalence`). An
+    effect that is certain, but not certain to matter, is thus left open, and more seeds of the same mean and spread
+    take back no claim that holds. All claims of the plan are one family in each of the two columns, whatever they claim
+    and also if undefined, so that a plan has even one false alarm in a column in at most 5 % of cases, and no claim
+    gains by another's lack of data. Intervals are not corrected.
+
+    Fewer than two pairs, or differences that are all the same, leave no test and NaN; only where all are 0 there is
+    exactly no change, and the p-values are 1 and 0. Without `arms`, claims name arms as `pairs` does, or keys; with it,
+    they name what `arms` maps to those, and a name that it lacks has no runs yet, so no pairs. A row for every claim
+    has the columns of `differences`, for `difference_table`, `forest` and `glue_differences`, and ``text``,
+    ``direction``, ``smallest``, ``p_equivalent`` and ``verdict``. ValueError for claims that share a name, unknown
+    arms, and arms of which several have the method.
+    """
+    rows = [_of_claim(frame, claim, arms) for claim in claims]
+    if twice := [name for name, times in Counter(row["name"] for row in rows).items() if times > 1]:
+        raise ValueError(f"several claims have the name '{twice[0]}'")
+    out = pd.DataFrame(rows, columns=_CLAIMED)
+    out = out.assign(p_holm=_over_all(out["p"]), p_equivalent=_over_all(out["p_equivalent"]))
+    return out.assign(verdict=[_decided(row) for row in out.to_dict("records")])
+
+
+def _of_claim(frame: pd.DataFrame, claim: Claim, arms: Mapping[str, str] | None) -> dict[Any, Any]:
+    """The row of a claim, its p-values not yet corrected."""
+    row: dict[Any, Any] = {name: getattr(claim, name) for name in ("name", "text", "measure", "direction", "smallest")}
+    row |= {"arm": claim.arm, "reference": claim.against, "method": "", "n": 0, "seeds": 0}
+    row |= dict.fromkeys((*_ENDS, "p", "p_equivalent"), math.nan)
+    if arms is not None and not {claim.arm, claim.against} <= {*arms}:
+        return row
+    arm, against = (name if arms is None else arms[name] for name in (claim.arm, claim.against))
+    row |= differences(frame, {claim.name: (arm, against)}, [claim.measure]).to_dict("records")[0]
+    if row["n"] > 1 and row["low"] == row["high"] == 0:
+        return row | {"p": 1.0, "p_equivalent": 0.0}
+    both = _wide(frame, claim.measure)[[row["arm"], row["reference"]]].dropna()
+    return row | {"p_equivalent": _too_small(claim, *both.to_numpy().T.tolist())} if row["n"] else row
+
+
+def _too_small(claim: Claim, a: list[float], b: list[float]) -> float:
+    """P-value of the test that `a` differs from `b` by less than matters."""
+    if claim.direction == "equal":
+        return equivalence(a, b, claim.smallest)
+    return below(a, b, claim.smallest) if claim.direction == "higher" else below(b, a, claim.smallest)
+
+
+def _over_all(p: pd.Series) -> pd.Series:
+    """Corrected p-values; one that is undefined stays so, but counts as a test that was planned."""
+    return pd.Series(holm(p.fillna(1.0).tolist()).numpy(), p.index).where(p.notna())
+
+
+def _decided(row: Mapping[Any, Any]) -> str:
+    """The verdict on a claim; comparisons with NaN are false."""
+    differs, small = row["p_holm"] < _LEVEL, row["p_equivalent"] < _LEVEL
+    effect = -row["mean"] if row["direction"] == "lower" else row["mean"]
+    if row["direction"] == "equal":
+        yes, no = small, differs and abs(effect) > row["smallest"]
+    else:
+        yes, no = differs and effect >= row["smallest"], small or (differs and effect < 0)
+    return "holds" if yes else "does not hold" if no else "cannot tell"
+
+
+def verdict_table(verdicts: pd.DataFrame, columns: Columns = ()) -> pd.DataFrame:
+    """Strings, a row a claim, of what `verdict` gives: the effect with its interval, what matters, and what decides.
+
+    The p-values are the corrected ones: ``p`` of any effect, ``p, too small`` of one too small to matter.
+    """
+    of = {**_columns(list(verdicts["measure"].unique())), **_columns(columns)}
+    out: dict[str, dict[str, str]] = {}
+    for name, row in verdicts.set_index("name", drop=False).to_dict("index").items():
+        heading, factor, _ = column = of[row["measure"]]
+        out[str(name)] = {
+            "measure": heading,
+            "effect": str(difference_table(pd.DataFrame([row]), {row["measure"]: column}).iloc[0, 0]),
+            "smallest effect": f"{_SIGNS[row['direction']]}{factor * row['smallest']:g}",
+            "p": _p_text(row["p_holm"]),
+            "p, too small": _p_text(row["p_equivalent"]),
+            "verdict": row["verdict"],
+        }
+    return pd.DataFrame.from_dict(out, orient="index")
+
+
+def _p_text(p: float) -> str:
+    return DASH if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> Figure:
@@ -289,15 +393,16 @@ def _panel(ax: Axes, rows: pd.DataFrame, labels: pd.Series, names: list[str], fa
     ax.axvline(0, color="0.35", linewidth=1)
     notes = []
     for label, row in zip(labels[rows.index], rows.to_dict("records"), strict=True):
-        y, colour = names.index(label), style(METHODS[row["method"]])["color"]
-        mean, low, high = (factor * row[end] for end in _ENDS)
         if row["n"] < row["seeds"] or not row["n"]:
             notes.append(f"{label}: " + (f"{row['n']} of {row['seeds']} seeds" if row["n"] else "undefined"))
+        if not row["n"]:
+            continue
+        y, colour = names.index(label), style(METHODS[row["method"]])["color"]
+        mean, low, high = (factor * row[end] for end in _ENDS)
         if row["n"] > 1:
             ax.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        if row["n"]:
-            face = colour if row["p_holm"] < 0.05 else "white"
-            ax.plot(mean, y, "o", markersize=7, markeredgewidth=1.8, markeredgecolor=colour, markerfacecolor=face)
+        face = colour if row["p_holm"] < _LEVEL else "white"
+        ax.plot(mean, y, "o", markersize=7, markeredgewidth=1.8, markeredgecolor=colour, markerfacecolor=face)
     if not rows["n"].any():
         notes = ["undefined here"]
         ax.set_xticks([])
@@ -351,6 +456,12 @@ def glue_differences(differences: pd.DataFrame, columns: Columns = ()) -> None:
         for part, number in {**{end: factor * row[end] for end in _ENDS}, "p": row["p_holm"]}.items():
             if not math.isnan(number):
                 glue(f"{row['name']}_{row['measure']}_{part}", number)
+
+
+def glue_verdicts(verdicts: pd.DataFrame) -> None:
+    """Bind the verdict of every claim, a string: ``NAME_verdict``, with the claim's name."""
+    for name, word in zip(verdicts["name"], verdicts["verdict"], strict=True):
+        glue(f"{name}_verdict", word)
 
 
 def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> None:

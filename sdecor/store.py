@@ -59,7 +59,7 @@ class Record:
     metrics: dict[str, float]  #: Name to number.
     curves: dict[str, list[float]]  #: Terms an epoch; masked accuracy a share; histogram of gradients.
     shape: dict[str, int]  #: ``channels``, ``num_classes`` and ``image_size`` that the network was built for.
-    environment: dict[str, Any]  #: Device, threads, versions, commit, date (UTC), seconds of training and measuring.
+    environment: dict[str, Any]  #: Device, threads, versions, commit, date (UTC), seconds, name of the data as they came.
     weights_sha256: str  #: Of the weights file.
 
     def __post_init__(self) -> None:
@@ -108,8 +108,8 @@ class Store:
     """A folder of what runs left, made when first written to.
 
     ``results/DATA/KEY.json``, ``weights/DATA/KEY.safetensors``, ``exhibits/DATA/KEY.safetensors`` (small maps for
-    figures), ``tables/DATA/KEY.csv`` (see `sdecor.evaluation`), ``failed/DATA/KEY.txt``, and ``unfinished/`` while runs are
-    under way.
+    figures), ``tables/DATA/KEY.csv`` (see `sdecor.evaluation`), ``failed/DATA/KEY.txt``, and ``unfinished/`` while runs
+    are under way.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:

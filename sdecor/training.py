@@ -255,6 +255,7 @@ def _draw(seed: int, epoch: int, order: torch.Generator, noise: torch.Generator)
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float | None) -> None:
     """One step; the parameters alone get a gradient, the images need none."""
     (group,) = optimizer.param_groups
+    optimizer.zero_grad(set_to_none=True)  # what a capture that broke off may have left
     loss.backward(inputs=group["params"])
     if clip is not None:
         nn.utils.clip_grad_norm_(group["params"], clip)

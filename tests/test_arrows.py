@@ -11,17 +11,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "sdecor"
 # From the bottom upwards: a module may import those of lower lines only, and those before it on its own.
 LINES = """
-_torchvision _files registers first_convolution
+_torchvision _files registers first_convolution graphs
 config
 whitening saliency shapes images models
 decorrelation masking sources plotting
 attribution measures data
 objective
-training
+baselines training
 store
-prepare
+prepare parcels
 evaluation
-experiment choice
+experiment choice plan planned
 report
 __main__
 """

@@ -41,7 +41,7 @@ def refused(*arguments: object, code: int = 2) -> str:
 def test_help() -> None:
     out, _ = call("--help")
     commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-    assert commands == ["data", "grid", "list", "measure", "show", "train"]
+    assert commands == ["data", "grid", "list", "measure", "merge", "plan", "run", "show", "train"]
     for command in (*commands, "data list", "data fetch", "data check"):
         assert f"Usage: sdecor {command} " in call(*command.split(), "--help")[0]
 
@@ -197,7 +197,8 @@ def test_workers_that_fail_end_with_code_1(tmp_path: Path, monkeypatch: pytest.M
         (["--method", "magic"], f"unknown method 'magic'; known: {', '.join(METHODS)}"),
         (
             ["--model", "magic"],
-            "unknown model 'magic'; known: lenet, cnn_bn, resnet18, vgg11_bn, vit, or package.module:factory",
+            "unknown model 'magic'; known: lenet, cnn_bn, cnn_small, resnet18, vgg11_bn, vit, "
+            "or package.module:factory",
         ),
         (
             ["--data", "magic"],

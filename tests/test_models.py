@@ -23,6 +23,7 @@ from sdecor.registers import MODELS, Between
 DEFAULT_LAYERS = {
     "lenet": {"conv2": (16, 12, 12), "fc2": (80,)},
     "cnn_bn": {"conv3": (128, 8, 8), "fc1": (128,)},
+    "cnn_small": {"conv4": (128, 4, 4), "fc1": (128,)},
     "resnet18": {"layer4.1.conv2": (512, 4, 4), "avgpool": (512, 1, 1)},
     "vgg11_bn": {"features.25": (512, 2, 2), "classifier.0": (256,)},
     "vit": {"heads.pre_logits": (128,)},
@@ -173,7 +174,7 @@ def test_seed_decides_the_weights() -> None:
     [
         (
             ("lenett", 1, 10, 28),
-            "unknown model 'lenett'; known: lenet, cnn_bn, resnet18, vgg11_bn, vit",
+            "unknown model 'lenett'; known: lenet, cnn_bn, cnn_small, resnet18, vgg11_bn, vit",
         ),
         (("lenet", 0, 10, 28), "in_channels must be a positive whole number, got 0"),
         (("lenet", 1, 10.0, 28), "num_classes must be a positive whole number, got 10.0"),
@@ -269,6 +270,29 @@ def mlp(*widths: int) -> list[nn.Module]:
 )
 def test_default_layers_of_own_modules(model: nn.Module, expected: tuple[str, ...]) -> None:
     assert default_layers(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lenet", ("relu2", "relu4")),
+        ("cnn_bn", ("relu3", "relu4")),
+        ("cnn_small", ("relu4", "relu5")),
+        ("resnet18", ("layer4.1", "avgpool")),  # a block ends with its activation; what is averaged is behind it
+        ("vgg11_bn", ("features.27", "classifier.1")),
+        ("vit", ("heads.act",)),
+    ],
+)
+def test_default_layers_behind_their_nonlinearity(name: str, expected: tuple[str, ...]) -> None:
+    assert default_layers(build(name, 3, 10, 32), place="after") == expected
+
+
+def test_a_place_that_is_unknown_or_not_there() -> None:
+    bare = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match="^no activation follows the layer '0' of Sequential; pass layers=$"):
+        default_layers(bare, place="after")
+    with pytest.raises(ValueError, match="^unknown place 'behind'; known: before, after$"):
+        default_layers(bare, place="behind")
 
 
 @pytest.mark.parametrize(

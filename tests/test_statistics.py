@@ -18,6 +18,7 @@ from maps import close
 
 from sdecor.measures import statistics
 from sdecor.measures.statistics import (
+    below,
     compare,
     effect_size,
     equivalence,
@@ -176,6 +177,59 @@ def test_effect_size_is_unbiased(n: int, delta: float, seed: int) -> None:
 )
 def test_undefined_effect_size(a: list[float], b: list[float]) -> None:
     assert math.isnan(effect_size(a, b))
+
+
+# One-sided tests
+
+
+def tail(t: float) -> float:
+    """P(T > t) of Student's t with two degrees of freedom, in closed form."""
+    return (1 - t / math.sqrt(t * t + 2)) / 2
+
+
+@pytest.mark.parametrize(("bound", "t"), [(5.0, 0.0), (6.0, math.sqrt(3)), (20.0, 15 * math.sqrt(3)), (4.0, -(3**0.5))])
+def test_below_by_hand(bound: float, t: float) -> None:
+    # differences 4 5 6: mean 5, sd 1, so t = (bound - 5) / (1 / sqrt(3))
+    assert below([5, 7, 9], [1, 2, 3], bound) == pytest.approx(tail(t), rel=1e-9)
+    # t(0.95, 2 degrees of freedom) = 2.919985580355516
+    edge = 5 + 2.919985580355516 / math.sqrt(3)
+    assert below([4, 5, 6], [0, 0, 0], edge) == pytest.approx(0.05, rel=1e-9)
+
+
+@given(pairs, st.sampled_from([-30.0, -0.01, 0.0, 1.0, 30.0]))
+@settings(max_examples=50, deadline=None)
+def test_below_against_scipy(drawn: tuple[tuple[float, ...], tuple[float, ...]], bound: float) -> None:
+    a, b = drawn
+    p = below(a, b, bound)
+    if equal(*np.subtract(a, b)):
+        assert math.isnan(p)
+        return
+    differences = np.subtract(a, b)
+    assert p == pytest.approx(scipy.stats.ttest_1samp(differences, bound, alternative="less").pvalue, abs=1e-9)
+    assert below(b, a, -bound) == pytest.approx(1 - p, abs=1e-9), "above it"
+    assert below(a, b, bound + 1) <= p + 1e-12
+    assert equivalence(a, b, 1.5) == max(below(a, b, 1.5), below(b, a, 1.5))
+    _, low, high = paired_difference(a, b, 0.9)
+    if abs(p - 0.05) > 1e-6:
+        assert (p < 0.05) == (high < bound)
+
+
+def test_below_is_wrong_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    wrong = [below(generator.normal(2, 1, 5), [0.0] * 5, 2) < 0.05 for _ in range(2000)]
+    assert np.mean(wrong) == pytest.approx(0.05, abs=0.015)  # three standard errors
+
+
+def test_below_without_spread_is_undefined() -> None:
+    assert math.isnan(below([2.0], [1.0], 5))
+    assert math.isnan(below([0.3, 0.4], [0.1, 0.2], 5))
+
+
+def test_no_difference_up_to_rounding_is_none() -> None:
+    a, b = [0.3, 0.7], [0.1 + 0.2, 0.7]
+    assert a[0] != b[0]
+    assert paired_difference(a, b) == paired_difference(b, a) == (0, 0, 0)
+    assert paired_difference([1e-20, 1e-20], [0, 0]).mean == 1e-20, "small is not the same as rounding"
 
 
 # Equivalence
@@ -351,6 +405,8 @@ def test_a_metric_that_a_method_lacks() -> None:
         (lambda: equivalence([1, 2], [1, math.nan], 1), "b must be finite, got nan at position 1"),
         (lambda: equivalence([1, 2], [1, 2], 0), "margin must be greater than 0, got 0"),
         (lambda: equivalence([1, 2], [1, 2], math.nan), "margin must be finite and greater than 0, got nan"),
+        (lambda: below([1, 2], [1, 3], math.nan), "bound must be finite, got nan"),
+        (lambda: below([1, 2], [1, 3], math.inf), "bound must be finite, got inf"),
         (lambda: holm([0.5, 1.5]), "p_values must lie in [0, 1], got 1.5"),
         (lambda: holm(torch.ones(1, 2)), "p_values must have shape (m,), got (1, 2)"),
     ],
