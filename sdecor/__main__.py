@@ -1,4 +1,4 @@
-"""The command line: ``sdecor train | grid | plan | run | merge | measure | show | list | data``.
+"""The command line: ``sdecor train | grid | plan | run | merge | bundle | measure | show | list | data``.
 
 Heavy imports wait for the command that needs them, so that ``sdecor --help`` is quick.
 """
@@ -79,6 +79,7 @@ _where = _several(
 )
 _device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
 _named = _several(click.argument("name"), _root)
+_PATH: Any = click.Path(path_type=Path)
 _FROM_1: Any = {"type": click.IntRange(1), "show_default": True}
 _only = click.option("--data", default="", help="Only runs on this data set.")
 _work = _several(
@@ -158,44 +159,64 @@ _planned = _several(
 )
 _sized = _several(
     _device,
-    click.option("--seeds", default=0, help="How many, in place of the preset's."),
+    click.option("--seeds", type=click.IntRange(1), help="How many, in place of the preset's."),
 )
 
 
-def _course(name: str, preset: str, seeds: int) -> Course:
-    """The plan in a file, or of that name in this folder or in book/experiments below it, at a preset."""
-    from sdecor.plan import Plan
-
+def _plan(name: str) -> Path:
+    """The file of a plan: `name` itself, or of that name in this folder or in book/experiments below it."""
     places = [Path(name)] if name.endswith(".toml") else [Path(f"{name}.toml"), Path(f"book/experiments/{name}.toml")]
     found = [place for place in places if place.is_file()]
     if not found:
         raise FileNotFoundError(f"no plan '{name}': looked for {' and '.join(map(str, places))}")
-    return Plan.read(found[0]).at(preset, **({"seeds": seeds} if seeds else {}))
+    return found[0]
+
+
+def _course(name: str, preset: str, seeds: int | None) -> Course:
+    """A plan at a preset."""
+    from sdecor.plan import Plan
+
+    return Plan.read(_plan(name)).at(preset, **({"seeds": seeds} if seeds else {}))
 
 
 @app.command("plan")
 @_planned
 @_sized
 @_where
-def show_plan(name: str, preset: str, seeds: int, device: str, store: str, data_root: str) -> None:
+def show_plan(name: str, preset: str, seeds: int | None, device: str, store: str, data_root: str) -> None:
     """Say what a plan would run, what is done, and how long the rest takes here."""
     from sdecor import planned
 
     course, shelf = _course(name, preset, seeds), _store(store, data_root)
-    click.echo(f"{course.plan.title} ({preset}), records in {shelf.root}")
-    listed = list(planned.work(course, shelf))
-    for arm in course.arms.values():
-        own = [(todo, done) for todo, done in listed if todo.arm == arm.name]
-        parts = []
-        for stage in ("trial", "final"):
-            n = [done for todo, done in own if todo.stage == stage]
-            parts.append(f"{sum(n)} of {len(n)} {stage}s" if n else f"no {stage} known yet")
-        click.echo(f"  {arm.name:32s} {', '.join(parts)}{', later' if arm.later else ''}")
     prices = planned.Prices(shelf, device, course.amp, root=data_root or None)
-    seconds, unknown = planned.seconds_left(course, shelf, prices)
-    done = sum(done for _, done in listed)
-    click.echo(f"{done} runs done, {len(listed) - done} to do, {unknown} that depend on what these find")
-    click.echo(f"Those to do take about {_minutes(seconds)} one after another on {device}")
+    click.echo(f"{course.plan.title} ({preset}), records in {shelf.root}")
+    state = course.state(planned.accuracy(shelf))
+    done = {todo.run.key: ready for todo, ready in planned.work(course, shelf, state)}
+    for arm in course.arms.values():
+        finals = [run for one, run in course.final(state) if one == arm]
+        each = {"trials": state.trials.get(arm.name, ()), "final runs": finals}
+        parts = [f"{sum(done[run.key] for run in runs)} of {len(runs)} {what}" for what, runs in each.items() if runs]
+        if arm.name not in state.chosen:
+            parts.append("no choice, since trials broke down" if arm.name in state.lost else "not chosen yet")
+        click.echo(f"  {arm.name:32s} {', '.join(parts)}{', later' if arm.later else ''}")
+    click.echo(_progress(course, shelf))
+    if not all(done.values()):
+        planned.check(course, shelf, data_root or None)
+        seconds, _ = planned.seconds_left(course, shelf, prices)
+        click.echo(f"Those to do take about {_minutes(seconds)} one after another on {device}")
+
+
+def _progress(course: Course, shelf: Store) -> str:
+    """How many runs are done and to do, after a line for each that broke down."""
+    from sdecor import planned
+
+    state = course.state(planned.accuracy(shelf))
+    listed = list(planned.work(course, shelf, state))
+    broken = [todo for todo, ready in listed if ready and shelf.record(todo.run) is None]
+    done, unknown = sum(ready for _, ready in listed), course.count(state)
+    lines = [f"broke down: {todo.stage} of arm '{todo.arm}', {shelf.failure(todo.run)}" for todo in broken]
+    more = f", and at most {unknown} that depend on these" if unknown else ""
+    return "\n".join([*lines, f"{done - len(broken)} runs done, {len(listed) - done} to do{more}"])
 
 
 def _minutes(seconds: float) -> str:
@@ -207,22 +228,12 @@ def _minutes(seconds: float) -> str:
 @_sized
 @_where
 @click.option("--workers", default=1, **_FROM_1, help="Processes; GPUs are taken in turn.")
-@click.option("--threads", default=0, help="CPU threads of each. [default: 1 for several workers, else torch's]")
-@click.option("--budget", default=0.0, help="Seconds after which nothing goes on. [default: none]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each. [default: 1 if several, else torch's]")
+@click.option("--budget", type=click.FloatRange(1), help="Seconds after which nothing goes on. [default: none]")
 @click.option("--pack", "out", default="", help="Folder for a parcel of the records, which `merge` takes.")
 @click.option("--compile", "compiled", is_flag=True, help="Run the models through torch.compile.")
 def run_plan(
-    name: str,
-    preset: str,
-    seeds: int,
-    device: str,
-    store: str,
-    data_root: str,
-    workers: int,
-    threads: int,
-    budget: float,
-    out: str,
-    compiled: bool,
+    name: str, preset: str, seeds: int | None, store: str, data_root: str, budget: float | None, out: str, **how: Any
 ) -> None:
     """Work through a plan in order of value; stop it at any moment, start it again, and it goes on."""
     began = time.time()
@@ -235,22 +246,16 @@ def run_plan(
             done = [todo.run for todo, ready in planned.work(course, shelf) if ready]
             parcels.pack(done, shelf, Path(out), f"{course.plan.name}-{preset}")
 
-    how: dict[str, Any] = {"workers": workers, "threads": threads or None, "compiled": compiled, "after": pack}
-    how["budget"] = budget - (time.time() - began) if budget else math.inf
+    rest = math.inf if budget is None else budget - (time.time() - began)
     try:
-        planned.run_plan(course, shelf, root=data_root or None, device=device, **how)
+        planned.run_plan(course, shelf, root=data_root or None, budget=rest, after=pack, **how)
     finally:
-        listed = list(planned.work(course, shelf))
-        done, broken = sum(done for _, done in listed), [todo for todo, _ in listed if shelf.failure(todo.run)]
-        for todo in broken:
-            click.echo(f"broke down: {todo.stage} of {todo.arm}, {shelf.failure(todo.run)}")
-        unknown = max(course.count() - len(listed), 0)
-        rest = f"{len(listed) - done} to do, {unknown} that depend on these"
-        click.echo(f"{done} runs done, {rest}, after {_minutes(time.time() - began)}; records in {shelf.root}")
+        took = _minutes(time.time() - began)
+        click.echo(f"{_progress(course, shelf)}, after {took}; records in {shelf.root}")
 
 
 @app.command("merge")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=_PATH)
 @click.option("--store", required=True, help="Folder of records that takes them.")
 def merge(source: Path, store: str) -> None:
     """Take the records of another store, or of a parcel, into a store; say what was taken."""
@@ -261,8 +266,31 @@ def merge(source: Path, store: str) -> None:
         run = record.run
         click.echo(f"{run.key}: {run.method} on {run.data.name}, seed {run.seed}, {run.evaluate_on}")
     if taken.left:
-        click.echo(f"{len(taken.left)} files belong to no store and stay: {', '.join(taken.left[:5])}")
-    click.echo(f"{len(taken.new)} records taken, {taken.known} were there, {taken.failed} notes of broken runs")
+        click.echo(f"{len(taken.left)} files belong to no store or no record and stay: {', '.join(taken.left[:5])}")
+    if taken.differ:
+        click.echo(f"{len(taken.differ)} files are not like those there, which stay: {', '.join(taken.differ[:5])}")
+    others = f"{taken.files} exhibits, tables and weights, {taken.failed} notes of broken runs"
+    click.echo(f"{len(taken.new)} records taken, {taken.known} were there; {others}")
+
+
+@app.command("bundle")
+@_planned
+@click.argument("out", type=_PATH)
+@click.option("--data", multiple=True, type=_PATH, help="Tar file that unpacks into a data root, or a folder of one.")
+@click.option("--wheel", "wheels", multiple=True, type=_PATH, help="Package that is missing there.")
+@click.option("--limit", default=64.0, show_default=True, help="MiB that all of it may take.")
+def make_bundle(name: str, preset: str, out: Path, limit: float, **parts: tuple[Path, ...]) -> None:
+    """Put into the folder OUT, or the file OUT.tar, what a machine without network needs for a plan."""
+    from sdecor.bundle import MIB, bundle
+
+    made = bundle(_course(name, preset, None), _plan(name), out, limit=limit * MIB, **parts)
+    for part, size in {**made.sizes, "all": sum(made.sizes.values())}.items():
+        click.echo(f"{size / MIB:8.2f} MiB  {part}")
+    if made.untracked:
+        click.echo(f"not in it, since git does not track them: {', '.join(made.untracked)}")
+    if made.absent:
+        click.echo(f"not in it, since no --data brings them: {', '.join(made.absent)}; SDECOR_DATA must say where")
+    click.echo(f"{out} has the module at {made.commit}; there: sh run.sh, with any options of `sdecor run`")
 
 
 def _numbers(text: str) -> list[int]:

@@ -40,22 +40,30 @@ def most_accurate(trials: Sequence[Trial]) -> Trial:
 
 
 def strongest(trials: Sequence[Trial], strength: Callable[[Run], float], floor: float) -> Trial:
-    """The strongest trial with at least this accuracy; the most accurate one if there is none."""
-    affordable = [t for t in trials if t.accuracy >= floor]
+    """The strongest trial with at least this accuracy, but for rounding; the most accurate one if there is none."""
+    affordable = [t for t in trials if t.accuracy >= floor - 1e-9]
     return max(affordable, key=lambda t: strength(t.run)) if affordable else most_accurate(trials)
 
 
-def table(trials: Mapping[str, Sequence[Trial]], chosen: Mapping[str, Run]) -> pd.DataFrame:
-    """What was tried for each arm, how accurate it was, and which was chosen: strings, a row a trial."""
+def table(
+    trials: Mapping[str, Sequence[Trial]], chosen: Mapping[str, Run], labels: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """What was tried for each arm, how accurate it was, and which was chosen: strings, a row a trial.
+
+    Options of terms are shown if they are not the default in one of an arm's trials.
+    """
     rows = []
     for arm, tried in trials.items():
+        special = {name for run, _ in tried for name in run.objective.difference()[1]}
         for run, accuracy in tried:
-            own = METHODS[run.method]
             weights = {f"weight of {t}": f"{w:g}" for t, w in run.weights if t != "classification"}
-            settings = {n: str(v) for n, v in run.objective.difference()[1].items() if n not in own.settings}
+            own, settings = METHODS[run.method].settings, run.objective.settings
+            settings = {n: str(v) for n, v in settings.items() if n in special and n not in own}
             shown = f"{100 * accuracy:.2f}" if accuracy > -math.inf else "broke down"
-            row = {"": arm, "learning rate": f"{run.schedule.lr:g}", **weights, **settings}
+            row = {"": (labels or {}).get(arm, arm), "learning rate": f"{run.schedule.lr:g}", **weights, **settings}
             rows.append({**row, "validation accuracy, %": shown, "chosen": "◀" if run == chosen.get(arm) else ""})
+    if not rows:
+        raise ValueError("trials is empty; a table needs one at least")
     frame = pd.DataFrame(rows).set_index("").rename_axis(None).fillna("–")
     first = ["learning rate", *(c for term in TERMS if (c := f"weight of {term}") in frame)]
     last = ["validation accuracy, %", "chosen"]

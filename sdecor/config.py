@@ -300,7 +300,9 @@ class Run:
     schedule: Schedule = setting(Schedule, "How long and how fast to train.")
     seed: Annotated[int, Between(0)] = setting(0, "Of initialization, order and masks.")
     evaluate_on: Annotated[str, OneOf(("val", "test"))] = setting("test", "test for final numbers, val for choices.")
-    curve_images: Annotated[int | None, Between(1)] = setting(None, "Held-out images for the curves of masked accuracy; none takes all.")
+    curve_images: Annotated[int | None, Between(1)] = setting(
+        None, "Held-out images for the curves of masked accuracy; none takes all."
+    )
     objective: Objective = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

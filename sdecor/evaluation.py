@@ -80,7 +80,7 @@ def measure(
 
     Features are those of `layers`, or of `sdecor.models.default_layers`. Measures that need the map alone, or the map
     and a mask, are always taken, on all images. If it is to be `thorough`, `metrics` that need the model are added, on
-    at most `MOST` images, and the accuracy curves, on at most so many `curve_images`: nearly all of the time goes there.
+    at most `MOST` images, and the accuracy curves, on so many `curve_images` or all: nearly all of the time goes there.
     `batch_size` matters to these curves alone, by the noise of their fill.
 
     Given are means over images by measure, without those that are undefined on all; and by name, accuracy at each of
@@ -95,17 +95,8 @@ def measure(
     statistics = {name: representation.Covariance() for name in names}
     histogram = torch.zeros(BINS, dtype=torch.float64)
     generator = torch.Generator(device).manual_seed(seed)
-    how: dict[str, Any] = {"fractions": FRACTIONS, "output": "correct", "own_order": True, "generator": generator}
     black = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)], device=device).view(1, -1, 1, 1)
-
-    def add_curves(case: Case, y: Tensor) -> None:
-        x = case["images"]
-        for fill in FILLS:
-            new = black if fill == "constant" else replacement(x, fill, generator=generator)
-            for order in ("most", "random"):
-                kept = faithfulness.perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
-                curves[f"masked_{fill}_{order}"].append(kept)
-
+    add = partial(_add_curves, curves, model, black=black, generator=generator)
     with capture(model.to(device), names) as features:
         for case, y in _explained(model, data, batch_size, seed):
             for name, z in features.items():
@@ -118,10 +109,10 @@ def measure(
                 per_image[name].append(value)
             histogram += gradient_histogram(case.attribution)
             if thorough and curve_images is None:
-                add_curves(case, y)
-    some = data.subset(curve_images) if thorough and curve_images is not None else ()
-    for case, y in _explained(model, some, batch_size, seed) if len(some) else ():
-        add_curves(case, y)
+                add(case, y)
+    if thorough and curve_images is not None:
+        for case, y in _explained(model, data.subset(curve_images), batch_size, seed):
+            add(case, y)
     for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
         for name, value in evaluate(case, rest).items():
             per_image[name].append(value)
@@ -133,6 +124,25 @@ def measure(
     out["gradient_histogram"] = (histogram / histogram.sum().clamp_min(1)).tolist()
     defined = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     return defined | {name: value for name, value in of.items() if math.isfinite(value)}, out
+
+
+def _add_curves(
+    curves: dict[str, list[Tensor]],
+    model: nn.Module,
+    case: Case,
+    y: Tensor,
+    *,
+    black: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Add the curves of a batch: which images are still right as a growing share is replaced."""
+    x = case["images"]
+    how: dict[str, Any] = {"fractions": FRACTIONS, "output": "correct", "own_order": True, "generator": generator}
+    for fill in FILLS:
+        new = black if fill == "constant" else replacement(x, fill, generator=generator)
+        for order in ("most", "random"):
+            kept = faithfulness.perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
+            curves[f"masked_{fill}_{order}"].append(kept)
 
 
 def grid_pointing_game(

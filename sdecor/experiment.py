@@ -34,8 +34,8 @@ def execute(
 ) -> Record | None:
     """Do `run` unless its record is in `store`; continue it if it was interrupted.
 
-    `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled`, `progress` and `after_epoch` are those
-    of `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off.
+    `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled`, `progress` and `after_epoch` are
+    those of `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off.
     """
     checkpoint = store.checkpoint(run)
     record = store.record(run)

@@ -1,17 +1,23 @@
 """Records on their way: packed where a plan was run, merged where they are wanted.
 
 A parcel is a few plain tar files with the layout of a store, see `sdecor.store.Store`. Reading one executes nothing:
-records are JSON, maps are safetensors, and every file must have the name that its run gives it.
+records are JSON, maps are safetensors. Where a file goes follows from its run, whatever folders its name has in front.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
+import json
+import lzma
 import re
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -20,41 +26,53 @@ from sdecor._files import replace_atomically
 from sdecor.config import Run
 from sdecor.store import Record, Store
 
-SUFFIXES = {"results": ".json", "exhibits": ".safetensors", "tables": ".csv", "failed": ".txt", "weights": ".safetensors"}
-PACKED = ("results", "exhibits", "failed")
-_NAME = re.compile(r"(?:\./)?(?:.*/)?(results|exhibits|tables|failed|weights)/([\w-]+)/([0-9a-f]{16})(\.\w+)")
+PACKED = {"results": ".json", "exhibits": ".safetensors", "failed": ".txt"}
+TAKEN = {**PACKED, "weights": ".safetensors", "tables": ".csv .json"}
+_Id = tuple[str, str, str]  # kind, key and suffix
+_NAME = re.compile(rf"(?:.*/)?({'|'.join(TAKEN)})/([\w-]+)/([0-9a-f]{{16}})(\.\w+)", re.DOTALL)
+_UNDER_WAY = re.compile(r"(?:.*/)?unfinished/.*|.*\.(?:lock|partial)", re.DOTALL)
+_DAMAGED = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 def pack(runs: list[Run], store: Store, out: Path, name: str, *, largest: int = 15 << 20) -> list[Path]:
     """Put what a store has of some runs into ``OUT/NAME.tar``, and ``NAME.2.tar`` and so on past `largest` bytes each.
 
-    Files of that name are replaced, each as a whole. Weights stay where they are.
+    The files of a run stay together, so one whose files are larger has a volume of its own. Files of these names are
+    replaced, each as a whole, and volumes of before that are not needed any more removed. Weights stay where they are.
     """
-    found = [store.path(kind, run, SUFFIXES[kind]) for run in runs for kind in PACKED]
-    files = sorted({path for path in found if path.exists()})
     volumes: list[list[Path]] = [[]]
     size = 0
-    for path in files:
-        room = path.stat().st_size + 2048  # header and padding
+    for run in dict.fromkeys(runs):
+        files = [path for kind, suffix in PACKED.items() if (path := store.path(kind, run, suffix)).exists()]
+        room = sum(path.stat().st_size + 2048 for path in files)  # header and padding
         if volumes[-1] and size + room > largest:
             volumes.append([])
             size = 0
-        volumes[-1].append(path)
+        volumes[-1] += files
         size += room
     written = []
     for number, volume in enumerate(volumes, start=1):
-        target = out / (f"{name}.tar" if number == 1 else f"{name}.{number}.tar")
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             for path in volume:
-                info = tarfile.TarInfo(str(path.relative_to(store.root)))
-                content = path.read_bytes()
+                info, content = tarfile.TarInfo(path.relative_to(store.root).as_posix()), path.read_bytes()
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-        content = buffer.getvalue()
-        replace_atomically(target, lambda file, content=content: file.write(content))  # type: ignore[misc]
-        written.append(target)
+        _put(written_to := _volume(out, name, number), buffer.getvalue())
+        written.append(written_to)
+    number = len(volumes) + 1
+    while (old := _volume(out, name, number)).exists():
+        old.unlink()
+        number += 1
     return written
+
+
+def _volume(out: Path, name: str, number: int) -> Path:
+    return out / (f"{name}.tar" if number == 1 else f"{name}.{number}.tar")
+
+
+def _put(path: Path, content: bytes) -> None:
+    replace_atomically(path, lambda file: file.write(content))
 
 
 @dataclass
@@ -62,56 +80,122 @@ class Taken:
     """What a merge did."""
 
     new: list[Record] = field(default_factory=list)  #: Records that were not there.
-    known: int = 0  #: Records that were there already.
-    failed: int = 0  #: Notes of runs that broke down.
-    left: list[str] = field(default_factory=list)  #: Files that belong to no store, by name.
+    known: int = 0  #: Records that were there already, with the same results.
+    files: int = 0  #: Exhibits, tables and weights that were not there.
+    failed: int = 0  #: Notes of runs that broke down, of which there was none.
+    differ: list[str] = field(default_factory=list)  #: Exhibits and the like unlike those there, which stay; by name.
+    left: list[str] = field(default_factory=list)  #: Files that belong to no store, or to no record, by name.
+
+
+@dataclass
+class _Found:
+    """What a source has, by key; of files that may be large only their names and sums."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)  # of the records
+    notes: dict[str, tuple[str, str, bytes]] = field(default_factory=dict)  # of broken runs: name, folder, content
+    others: dict[_Id, tuple[str, str]] = field(default_factory=dict)
 
 
 def merge(source: Path, store: Store) -> Taken:
     """Take what a store, a parcel, or a folder of parcels has into `store`; a second time changes nothing.
 
-    A record that says something else of a run than the one already there, an unreadable or misnamed one, raises
-    ValueError before anything is written; a missing source FileNotFoundError.
+    Two records of one run with other results, an unreadable or misnamed one, or weights that are not those of their
+    record, raise ValueError before anything is written; a missing source FileNotFoundError. What is there stays: other
+    circumstances of the same results, such as the date, are no reason to replace a record. Only one process may merge
+    into a store at a time.
     """
-    taken, files, folders = Taken(), dict[tuple[str, str], bytes](), dict[str, str]()
-    records: dict[str, Record] = {}
-    for name, content in _contents(source):
-        match = _NAME.fullmatch(name)
-        if match is None or match[4] != SUFFIXES[match[1]]:
-            if not name.endswith((".lock", ".partial", ".pt")):
-                taken.left.append(name)
-            continue
-        kind, folders[match[3]], key = match[1], match[2], match[3]
-        if files.setdefault((kind, key), content) != content:
-            raise ValueError(f"{source} has two different files for {kind} of run {key}")
-        if kind == "results":
-            records[key] = _record(name, key, content)
-        if kind == "exhibits":
-            _maps(name, content)
-    todo: list[tuple[Path, bytes]] = []
-    for key, record in records.items():
+    taken = Taken()
+    found = _find(source, taken)
+    for record in found.records.values():
         old = store.record(record.run)
-        if old is not None and old.to_json() != record.to_json():
-            differ = [m for m in {**old.metrics, **record.metrics} if old.metrics.get(m) != record.metrics.get(m)]
-            what = f"{differ[0]} is {old.metrics.get(differ[0])} there, {record.metrics.get(differ[0])} in {source}"
-            said = f"the record of {record.run.method}, seed {record.run.seed} ({key}) contradicts the one already there"
-            raise ValueError(f"{said}: {what if differ else 'their circumstances differ'}; remove one of the two")
-        taken.known += old is not None
         if old is None:
             taken.new.append(record)
-        for kind in ("weights", "exhibits", "tables", "results"):  # the record last: it says that all is there
-            path = store.path(kind, record.run, SUFFIXES[kind])
-            if (kind, key) in files and not path.exists():
-                todo.append((path, files[kind, key]))
-    for (kind, key), content in files.items():
-        if kind == "failed":
-            path = store.root / "failed" / folders[key] / f"{key}.txt"
-            if not path.exists():
-                taken.failed += 1
-                todo.append((path, content))
-    for path, content in todo:
-        replace_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+        else:
+            _agree(old, record, f"in {store.root}", f"in {source}")
+            taken.known += 1
+    wanted = _wanted(found, store, taken)
+    notes = {store.root / "failed" / folder / f"{key}.txt": text for key, (_, folder, text) in found.notes.items()}
+    for name, content in _contents(source):  # again: it is not kept, since weights may be many and large
+        if (path := wanted.pop(_id(name), None)) is not None:
+            _put(path, content)
+            taken.files += 1
+    for path, content in notes.items():
+        if not path.exists():
+            _put(path, content)
+            taken.failed += 1
+    for record in taken.new:  # the records last: they say that all is there
+        _put(store.path("results", record.run, ".json"), found.texts[record.run.key])
     return taken
+
+
+def _find(source: Path, taken: Taken) -> _Found:
+    """Read and check all there is."""
+    found = _Found()
+    for name, content in _contents(source):
+        kind, key, suffix = known = _id(name)
+        if not kind:
+            if not _UNDER_WAY.fullmatch(name):
+                taken.left.append(name)
+        elif kind == "results":
+            record = _record(name, key, content)
+            _agree(found.records.setdefault(key, record), record, f"in {source}", f"in another file of it, {name}")
+            found.texts.setdefault(key, content)
+        elif kind == "failed":
+            found.notes.setdefault(key, (name, name.split("/")[-2], content))
+        else:
+            if kind == "exhibits":
+                _maps(name, content)
+            digest = hashlib.sha256(content).hexdigest()
+            if found.others.setdefault(known, (name, digest))[1] != digest:
+                taken.differ.append(name)
+    return found
+
+
+def _wanted(found: _Found, store: Store, taken: Taken) -> dict[_Id, Path]:
+    """Where the other files go, if they are not there. What has no record is left, and so is a note of a done run."""
+    homes = {path.stem: path for path in store.root.glob("results/*/*.json")}
+    homes |= {key: store.path("results", record.run, ".json") for key, record in found.records.items()}
+    wanted: dict[_Id, Path] = {}
+    for (kind, key, suffix), (name, digest) in found.others.items():
+        if key not in homes:
+            taken.left.append(name)
+            continue
+        if kind == "weights":
+            record = found.records.get(key) or _record(str(homes[key]), key, homes[key].read_bytes())
+            if digest != record.weights_sha256:
+                raise ValueError(f"weights {name} are not those that the record of run {key} describes")
+        path = store.root / kind / homes[key].parent.name / f"{key}{suffix}"
+        if not path.exists():
+            wanted[kind, key, suffix] = path
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            taken.differ.append(name)
+    for key in found.notes.keys() & homes.keys():
+        taken.left.append(found.notes.pop(key)[0])
+    return wanted
+
+
+def _id(name: str) -> _Id:
+    """Kind, key and suffix of a file of a store; empty if the name is none of such a file."""
+    match = _NAME.fullmatch(name)
+    return (match[1], match[3], match[4]) if match and match[4] in TAKEN[match[1]].split() else ("", "", "")
+
+
+def _agree(one: Record, other: Record, here: str, there: str) -> None:
+    """Raise ValueError that names the first result in which two records of a run differ."""
+
+    def results(record: Record) -> dict[tuple[str, str], str]:
+        others = {"shape": record.shape, "weights_sha256": record.weights_sha256}
+        parts: dict[str, Mapping[str, Any]] = {"metric": record.metrics, "curve": record.curves, "": others}
+        # As text, NaN is equal to itself.
+        return {(part, name): json.dumps(value) for part, named in parts.items() for name, value in named.items()}
+
+    a, b = results(one), results(other)
+    if differ := [which for which in {**a, **b} if a.get(which) != b.get(which)]:
+        run, which = one.run, differ[0]
+        what = f"{which[1]} is {a.get(which, 'absent')} {here} and {b.get(which, 'absent')} {there}"
+        said = f"two records of {run.method}, seed {run.seed} ({run.key}) contradict each other"
+        raise ValueError(f"{said}: {what}; remove one of the two")
 
 
 def _record(name: str, key: str, content: bytes) -> Record:
@@ -132,23 +216,37 @@ def _maps(name: str, content: bytes) -> None:
 
 
 def _contents(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file of a store, a parcel or a folder of parcels."""
+    """Name and content of every file of a store, a parcel or a folder of parcels; of foreign files the name alone."""
     if not source.exists():
         raise FileNotFoundError(f"nothing to merge: {source} does not exist")
     if source.is_file():
         try:
-            with tarfile.open(source) as tar:
-                for member in tar:
-                    if member.isfile() and (file := tar.extractfile(member)) is not None:
-                        yield member.name, file.read()
-        except tarfile.TarError as error:
-            raise ValueError(f"{source} is not a readable tar file ({error})") from error
+            yield from _members(source)
+        except _DAMAGED as error:
+            said = str(error).splitlines()[0].rstrip(":")
+            raise ValueError(f"{source} is not a readable tar file ({said})") from error
         return
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         if path.suffix == ".tar":
             yield from _contents(path)
         else:
-            yield str(path.relative_to(source)), path.read_bytes()
+            name = path.relative_to(source).as_posix()
+            yield name, path.read_bytes() if _id(name)[0] else b""
+
+
+def _members(source: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(source) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() and _id(member.name)[0] else None
+            if file is not None:
+                yield member.name, file.read()
+            elif not member.isdir():  # links, too, are only named
+                yield (member.name if member.isfile() else f"{member.name} (a link)"), b""
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)  # tarfile itself takes a broken header for the end
+        end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
+        if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+            raise tarfile.ReadError("it breaks off")
 
 
 __all__ = ["Taken", "merge", "pack"]

@@ -2,85 +2,161 @@
 
 A plan says what all runs share, which arms there are, which weights are tried and how one of them is chosen on
 validation data, how many seeds, and what is claimed. A *preset* is a size of it: how much data, how long. What a plan
-does not know is an error that names it. Tables of the file:
+does not know, and what cannot be run, is an error that names it, whatever preset it belongs to. Tables of the file:
 
 - ``title``; ``[shared]``: flat settings of every run (`sdecor.config.flat_fields`).
 - ``[choice]``: ``seed`` of the trials, ``price`` (accuracy that the strongest weight may cost), ``rates`` (learning
   rates, tried with the first arm), ``images`` (how many validation images there are, for its standard error).
-- ``[arms.NAME]``: ``method`` (by default NAME), ``label``, flat settings; ``try = {weight or option = [...]}``, with the
-  ``rule`` ``strongest`` or ``most accurate``; ``from`` (an earlier arm whose weights and options are taken over);
+- ``[arms.NAME]``: ``method`` (by default NAME), ``label``, flat settings; ``try = {weight or option = [...]}``, with
+  the ``rule`` ``strongest`` or ``most accurate``; ``from`` (an earlier arm whose weights and options are taken over);
   ``length`` (its epochs, as a multiple); ``seeds`` (0 for a choice that others take over), and ``later`` (after all
   seeds of the other arms).
-- ``[doses.NAME]``: an ``arm``, its ``try`` list, each value of which is an arm of its own, and ``seeds``.
+- ``[doses.NAME]``: an ``arm`` (by default NAME), its ``try`` list, each value of which is an arm of its own,
+  ``seeds`` and ``later``.
 - ``[presets.NAME]``: ``seeds``, ``trial`` (settings of the trials alone), ``tries`` (so many values of each list, from
   its middle), ``only`` (these arms), ``amp``, ``arms`` (changes of arms), flat settings.
 - ``[[claims]]``: see `Claim`.
+
+Where settings meet, those of the arm count, then what is taken over, then those of the trials, of the preset, and the
+shared ones. Weights, and options of terms, meet one by one; any other setting as a whole.
 """
 
 from __future__ import annotations
 
+import math
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from sdecor import choice
 from sdecor.choice import Trial
-from sdecor.config import Run, fitting, flat_fields
+from sdecor.config import PAIRED, Run, fitting, flat_options, pairs
+from sdecor.measures.case import RECOMMENDED, needs
 from sdecor.registers import MEASURES, METHODS, Between, OneOf, Option, UnknownName
 
+Table = Mapping[str, Any]
 RULES = ("strongest", "most accurate")
 DIRECTIONS = ("higher", "lower", "equal")
-_OF_RECORD = ("accuracy", "grid_pointing_game", "correlation", "effective_rank", "participation_ratio", "condition_number")
+OF_LAYERS = ("correlation", "effective_rank", "participation_ratio", "condition_number")
+_FLAT = {n: o for n, o in flat_options().items() if n not in ("method", "seed", "evaluate_on", "fingerprint")}
+_ARM = ("method", "label", "try", "rule", "from", "length", "seeds", "later")
+_CHOICE = {"seed": Annotated[int, Between(0)], "price": Annotated[float, Between(0, 1)], "rates": Any}
+_CHOICE |= {"images": Annotated[int, Between(1)]}
+_PRESET = {"seeds": Annotated[int, Between(1)], "tries": Annotated[int | None, Between(1)], "amp": bool}
+_PRESET |= {"trial": Any, "only": Any, "arms": Any}
 
 
-def _only(given: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    names = list(known)
-    if unknown := [name for name in given if name not in names]:
-        raise UnknownName(f"unknown {what} '{unknown[0]}'; known: {', '.join(names)}")
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Let a ValueError say where it arose."""
+    try:
+        yield
+    except ValueError as error:
+        kind = UnknownName if isinstance(error, UnknownName) else ValueError
+        raise kind(f"{place}: {error}") from error
 
 
-def _as(kind: Any, name: str, value: Any) -> Any:
-    return Option(name, None, kind).checked(value)
+def _table(given: Any, place: str, known: Iterable[str] | None = None) -> Table:
+    """What was given, if it is a table, has known keys alone, and its flat settings have their types."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{place} must be a table, got {given!r}")
+    names = list(given if known is None else known)
+    with within(place):
+        for name, value in given.items():
+            if name not in names:
+                raise UnknownName(f"unknown key '{name}'; known: {', '.join(names)}")
+            if known is not None and name in _FLAT:
+                pairs(value, name) if name in PAIRED else _FLAT[name].checked(value)
+    return given
+
+
+def _list(given: Any, what: str, kind: Any) -> tuple[Any, ...]:
+    """What was given, if it is a list of values of one kind that differ."""
+    if not isinstance(given, list | tuple) or not given:
+        raise ValueError(f"{what} must be a list that is not empty, got {given!r}")
+    values = tuple(Option(what, None, kind).checked(one) for one in given)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{what} has a value twice: {given!r}")
+    return values
+
+
+def _typed(given: Table, hints: Table) -> dict[str, Any]:
+    """Those of the values for which there are types, in them and within their limits."""
+    return {name: Option(name, None, hints[name]).checked(given[name]) for name in hints if name in given}
+
+
+def _merged(*tables: Table) -> dict[str, Any]:
+    """Flat settings, those of later tables in place of earlier ones; weights and options of terms one by one."""
+    out: dict[str, Any] = {}
+    for table in tables:
+        joined = {n: {**out.get(n, {}), **dict(pairs(table[n], n))} for n in ("weights", "settings") if n in table}
+        out |= {**table, **joined}
+    return out
 
 
 @dataclass(frozen=True)
-class Claim:
+class _Typed:
+    """A dataclass that holds its fields to their types and limits."""
+
+    def __post_init__(self) -> None:
+        for name, value in _typed(vars(self), get_type_hints(type(self), include_extras=True)).items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Claim(_Typed):
     """What is claimed of two arms, and what decides it: see `sdecor.report.verdict`."""
 
     name: str  #: Short, for tables.
     text: str  #: In words.
-    measure: str  #: Of a record.
+    measure: str  #: That records hold.
     arm: str  #: Of the plan.
     against: str  #: Another one.
-    direction: str  #: ``higher`` or ``lower`` in `arm`, or ``equal``.
-    smallest: float  #: Smallest difference that matters, in units of the measure.
+    direction: Annotated[str, OneOf(DIRECTIONS)]  #: ``higher`` or ``lower`` in `arm`, or ``equal``.
+    smallest: Annotated[float, Between(0, ends=False)]  #: Difference that matters, in units of the measure.
 
     def __post_init__(self) -> None:
-        OneOf(DIRECTIONS).check("direction", self.direction)
-        _as(Annotated[float, Between(0, ends=False)], "smallest", self.smallest)
-        if self.measure not in MEASURES and not self.measure.startswith(_OF_RECORD):
-            known = ", ".join((*MEASURES, *_OF_RECORD))
-            raise UnknownName(f"unknown measure '{self.measure}'; known: {known}")
+        super().__post_init__()
+        held = ["accuracy", "grid_pointing_game", *(m for m in MEASURES if m in RECOMMENDED or {*needs(m)} <= {"mask"})]
+        if self.measure not in held and not self.measure.startswith(tuple(f"{name}_" for name in OF_LAYERS)):
+            known = ", ".join([*held, *(f"{name}_LAYER" for name in OF_LAYERS)])
+            raise UnknownName(f"unknown measure '{self.measure}'; records hold: {known}")
+        if self.arm == self.against:
+            raise ValueError(f"it sets arm '{self.arm}' against itself")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(_Typed):
     """One way to train in a plan."""
 
     name: str
-    method: str  #: Of the register.
-    label: str  #: For tables and figures.
+    method: Annotated[str, OneOf(METHODS)]
+    label: str = ""  #: For tables and figures; without, it is made of what tells arms of one method apart.
     settings: Mapping[str, Any] = field(default_factory=dict)  #: Flat settings over the shared ones.
     tried: str = ""  #: Name of the weight or option that is tried.
     values: tuple[float, ...] = ()  #: The values tried.
-    rule: str = "strongest"  #: Which chooses among them.
+    rule: Annotated[str, OneOf(RULES)] = RULES[0]  #: Which chooses among them.
     takes: str = ""  #: Arm whose weights and options are taken over.
-    length: float = 1.0  #: Epochs, as a multiple of the preset's.
-    seeds: int | None = None  #: In place of the preset's.
+    length: Annotated[float, Between(0, ends=False)] = 1.0  #: Epochs, as a multiple of the preset's.
+    seeds: Annotated[int | None, Between(0)] = None  #: In place of the preset's.
     later: bool = False  #: After all seeds of the arms that are not.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        objective = Run.of(method=self.method).objective
+        known = [*objective.weights, *(n for n in objective.settings if n not in METHODS[self.method].settings)]
+        if self.tried and self.tried not in known:
+            raise UnknownName(f"unknown weight or option '{self.tried}' to try; known: {', '.join(known)}")
+        if any(self.tried in dict(pairs(self.settings.get(kind, ()), kind)) for kind in ("weights", "settings")):
+            raise ValueError(f"{self.tried} is tried, so a value of its own has no effect")
+        longer = "" if self.length == 1 else f", {self.length:g} times as long"
+        title = METHODS[self.method].title + longer + (f", {self.rule}" if self.rule != RULES[0] else "")
+        object.__setattr__(self, "label", self.label or title)
 
     def at(self, value: float) -> dict[str, dict[str, float]]:
         """The weight or the option tried, at a value."""
@@ -92,52 +168,43 @@ class Arm:
         return float({**run.objective.settings, **dict(run.weights)}[self.tried])
 
 
-def _arm(name: str, given: Mapping[str, Any], flat: Iterable[str]) -> Arm:
-    own = ("method", "label", "try", "rule", "from", "length", "seeds", "later")
-    _only(given, (*own, *flat), f"key of arm '{name}'")
-    method = given.get("method", name)
-    entry = METHODS[method]
-    tries: Mapping[str, Any] = given.get("try", {})
-    if len(tries) > 1:
-        raise ValueError(f"arm '{name}' tries {', '.join(tries)}; one weight or option at a time")
-    (tried, values), *_ = [*tries.items(), ("", ())]
-    probe = Arm(name, method, "", tried=tried)
-    for value in _as(tuple[float, ...], f"try of arm '{name}'", list(values)):
-        Run.of(method=method, **probe.at(value))  # an unknown or impossible one is named here
-    rule = given.get("rule", RULES[0])
-    OneOf(RULES).check("rule", rule)
-    if "rule" in given and not tried:
-        raise ValueError(f"rule has no effect in arm '{name}', which tries nothing")
-    title = entry.title if rule == RULES[0] else f"{entry.title}, {rule}"
-    return Arm(
-        name=name,
-        method=method,
-        label=_as(str, "label", given.get("label", title)),
-        settings={key: value for key, value in given.items() if key not in own},
-        tried=tried,
-        values=tuple(map(float, values)),
-        rule=rule,
-        takes=_as(str, "from", given.get("from", "")),
-        length=_as(Annotated[float, Between(0, ends=False)], "length", given.get("length", 1.0)),
-        seeds=_as(Annotated[int | None, Between(0)], "seeds", given.get("seeds")),
-        later=_as(bool, "later", given.get("later", False)),
-    )
+def _arm(name: str, *tables: Any) -> Arm:
+    """An arm as tables describe it, the later ones in place of the earlier."""
+    given: dict[str, Any] = {"method": name}
+    for table in tables:
+        given |= _table(table, f"arm '{name}'", (*_ARM, *_FLAT))
+    with within(f"arm '{name}'"):
+        own = {key: given[key] for key in _ARM if key in given}
+        own["takes"] = Option("from", None, str).checked(own.pop("from", ""))
+        if (tries := own.pop("try", None)) is not None:
+            if len(_table(tries, "try")) != 1:
+                raise ValueError(f"try must name one weight or option, got {tries!r}")
+            [(own["tried"], values)] = tries.items()
+            own["values"] = _list(values, f"try of {own['tried']}", int | float)
+        elif "rule" in own:
+            raise ValueError("rule has no effect, since it tries nothing")
+        return Arm(name, settings={key: value for key, value in given.items() if key in _FLAT}, **own)
 
 
-def _doses(name: str, given: Mapping[str, Any], arms: Mapping[str, Arm]) -> Iterator[Arm]:
+def _doses(name: str, given: Any, arms: Mapping[str, Arm]) -> Iterator[Arm]:
     """An arm for every value of a list."""
-    _only(given, ("arm", "try", "seeds", "later"), f"key of doses '{name}'")
-    base = given.get("arm", name)
-    OneOf(arms).check("arm", base)
-    of = arms[base]
-    listed = _arm(name, {"method": of.method, **{key: value for key, value in given.items() if key != "arm"}}, ())
+    own = {"arm": name, **_table(given, f"doses '{name}'", ("arm", "try", "seeds", "later"))}
+    with within(f"doses '{name}'"):
+        base = own.pop("arm")
+        OneOf(list(arms)).check("arm", base)
+        listed = _arm(name, {**own, "method": arms[base].method})
+        if not listed.values:
+            raise ValueError("they need a try list")
     for value in listed.values:
         yield replace(
-            of,
+            arms[base],
             name=f"{name} {value:g}",
-            label=f"{of.label}, {listed.tried} {value:g}",
-            settings={**of.settings, **listed.at(value)},
-            **{"tried": "", "values": (), "seeds": listed.seeds, "later": listed.later},
+            label=f"{arms[base].label}, {listed.tried} {value:g}",
+            settings=_merged(arms[base].settings, listed.at(value)),
+            tried="",
+            values=(),
+            seeds=listed.seeds,
+            later=listed.later,
         )
 
 
@@ -147,77 +214,88 @@ class Plan:
 
     name: str
     title: str
-    shared: Mapping[str, Any]
-    choice: Mapping[str, Any]
-    arms: Mapping[str, Mapping[str, Any]]
-    doses: Mapping[str, Mapping[str, Any]]
-    presets: Mapping[str, Mapping[str, Any]]
+    shared: Table
+    choice: Table
+    arms: Mapping[str, Table]
+    doses: Mapping[str, Table]
+    presets: Mapping[str, Table]
     claims: tuple[Claim, ...]
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
         """The plan in a file; what is unknown or impossible, in any preset, is a ValueError that names the file."""
-        path = Path(path)
-        try:
-            given = tomllib.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        try:
-            plan = cls.of(path.stem, given)
-        except ValueError as error:
-            raise type(error)(f"{path}: {error}") from error
-        return plan
+        with within(str(path)):
+            return cls.of(Path(path).stem, tomllib.loads(Path(path).read_text(encoding="utf-8")))
 
     @classmethod
-    def of(cls, name: str, given: Mapping[str, Any]) -> Plan:
+    def of(cls, name: str, given: Table) -> Plan:
         """The plan that a dictionary describes, as `read` finds it in a file."""
-        parts = [f.name for f in fields(cls) if f.name != "name"]
-        _only(given, parts, "table")
-        if missing := [part for part in ("shared", "choice", "arms", "presets") if not given.get(part)]:
-            raise ValueError(f"a plan needs [{missing[0]}]")
-        _only(given["choice"], ("seed", "price", "rates", "images"), "key of choice")
-        claims = []
-        for one in given.get("claims", ()):
-            _only(one, (f.name for f in fields(Claim)), "key of a claim")
-            if missing := [f.name for f in fields(Claim) if f.name not in one]:
-                raise ValueError(f"claim '{one.get('name', '?')}' lacks '{missing[0]}'")
-            claims.append(Claim(**one))
-        others = {part: given.get(part, {}) for part in ("shared", "choice", "arms", "doses", "presets")}
-        plan = cls(name, given.get("title", name), **others, claims=tuple(claims))
+        known: dict[str, Any] = {"shared": _FLAT, "choice": _CHOICE, "arms": None, "doses": None, "presets": None}
+        _table(given, "a plan", ("title", *known, "claims"))
+        parts = {n: _table(given.get(n, {}), f"[{n}]", k) for n, k in known.items()}
+        if missing := [part for part in ("arms", "presets") if not parts[part]]:
+            raise ValueError(f"a plan needs [{missing[0]}.NAME]")
+        with within("[choice]"):
+            rules = _typed(parts["choice"], _CHOICE)
+            if ("rates" in rules) != ("images" in rules):
+                raise ValueError("it needs both rates and images, the number of validation images, or neither")
+            if "rates" in rules:
+                rules["rates"] = _list(rules["rates"], "rates", float)
+        if not isinstance(listed := given.get("claims", []), list | tuple):
+            raise ValueError(f"claims must be tables with the heading [[claims]], got {listed!r}")
+        claims = tuple(map(_claim, listed))
+        if twice := [name for name, times in Counter(claim.name for claim in claims).items() if times > 1]:
+            raise ValueError(f"two claims have the name '{twice[0]}'")
+        title = Option("title", None, str).checked(given.get("title", name))
+        plan = cls(name, title, **{**parts, "choice": rules}, claims=claims)
         for preset in plan.presets:
             plan.at(preset)
         return plan
 
     def at(self, preset: str, **over: Any) -> Course:
         """The plan at a preset; `over` are flat settings, or ``seeds``, in place of its own."""
-        OneOf(self.presets).check("preset", preset)
-        flat = [name for name in flat_fields() if name not in ("method", "seed", "evaluate_on", "fingerprint")]
-        given = {**self.presets[preset], **over}
-        own = ("seeds", "trial", "tries", "only", "amp", "arms")
-        _only(given, (*own, *flat), f"key of preset '{preset}'")
-        _only(self.shared, flat, "key of shared")
-        _only(given.get("trial", {}), flat, f"key of trial in preset '{preset}'")
-        _only(given.get("arms", {}), self.arms, f"arm in preset '{preset}'")
-        arms = {n: _arm(n, {**a, **given.get("arms", {}).get(n, {})}, flat) for n, a in self.arms.items()}
-        for n, dose in self.doses.items():
-            for arm in _doses(n, dose, arms):
-                if arm.name in arms:
-                    raise ValueError(f"arm '{arm.name}' is there already")
-                arms[arm.name] = arm
-        wanted = given.get("only", list(arms))
-        _only(dict.fromkeys(wanted), arms, f"arm in preset '{preset}'")
-        course = Course(
-            plan=self,
-            preset=preset,
-            shared={**self.shared, **{n: v for n, v in given.items() if n not in own}},
-            trial=given.get("trial", {}),
-            arms={n: arm for n, arm in arms.items() if n in wanted},
-            seeds=_as(Annotated[int, Between(1)], "seeds", given.get("seeds", 5)),
-            tries=_as(Annotated[int | None, Between(1)], "tries", given.get("tries")),
-            amp=_as(bool, "amp", given.get("amp", False)),
-        )
-        course.check()
+        OneOf(list(self.presets)).check("preset", preset)
+        given = {**_table(self.presets[preset], place := f"preset '{preset}'"), **over}
+        _table(given, place, (*_PRESET, *_FLAT))
+        with within(place):
+            own = _typed(given, _PRESET)
+            arms = self._arms(_table(own.get("arms", {}), "arms", self.arms))
+            for claim in self.claims:
+                with within(f"claim '{claim.name}'"):
+                    OneOf(list(arms)).check("arm", (claim.arm, claim.against))
+            only = _list(own.get("only", list(arms)), "only", str)
+            OneOf(list(arms)).check("arm in only", only)
+            course = Course(
+                plan=self,
+                preset=preset,
+                shared=_merged(self.shared, {n: v for n, v in given.items() if n in _FLAT}),
+                trial=_table(own.get("trial", {}), "trial", _FLAT),
+                arms={n: arm for n, arm in arms.items() if n in only},
+                seeds=own.get("seeds", 5),
+                tries=own.get("tries"),
+                amp=own.get("amp", False),
+            )
+            course.check(first=next(iter(arms)))
         return course
+
+    def _arms(self, changes: Table) -> dict[str, Arm]:
+        arms = {name: _arm(name, given, changes.get(name, {})) for name, given in self.arms.items()}
+        for name, dose in self.doses.items():
+            for arm in _doses(name, dose, arms):
+                if arm.name in arms:
+                    raise ValueError(f"doses '{name}': there is another arm '{arm.name}'")
+                arms[arm.name] = arm
+        return arms
+
+
+def _claim(given: Any) -> Claim:
+    names = [f.name for f in fields(Claim)]
+    place = f"claim '{_table(given, 'a claim').get('name', '?')}'"
+    _table(given, place, names)
+    with within(place):
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"it lacks '{missing[0]}'")
+        return Claim(**given)
 
 
 @dataclass(frozen=True)
@@ -226,6 +304,7 @@ class State:
 
     trials: Mapping[str, tuple[Run, ...]]  #: What is to be tried, by arm, as far as it is known.
     chosen: Mapping[str, Run]  #: The trial that was chosen, of arms where that is known.
+    lost: tuple[str, ...] = ()  #: Arms that will have no choice: all their trials broke down, or those of one before.
 
 
 @dataclass(frozen=True)
@@ -238,29 +317,53 @@ class Course:
 
     plan: Plan
     preset: str
-    shared: Mapping[str, Any]  #: Flat settings of every run.
-    trial: Mapping[str, Any]  #: And of the trials alone.
+    shared: Table  #: Flat settings of every run.
+    trial: Table  #: And of the trials alone.
     arms: Mapping[str, Arm]
     seeds: int
     tries: int | None
     amp: bool
 
-    def check(self) -> None:
-        """Raise ValueError if an arm is impossible, takes over from none before it, or a claim is about none."""
-        before: list[str] = []
+    def check(self, first: str) -> None:
+        """Raise ValueError if an arm cannot be run, whatever will be chosen, or a claim could never be told."""
+        if first not in self.arms:
+            raise ValueError(f"only must name the first arm, '{first}', which all prices refer to")
+        if self.arms[first].tried:
+            raise ValueError(f"the first arm, '{first}', must try nothing, since all prices refer to it")
+        if self._rates and (own := [t for t in (self.shared, self.trial, self.arms[first].settings) if "lr" in t]):
+            raise ValueError(f"lr = {own[0]['lr']} has no effect, since [choice] has rates")
+        costly = [arm.name for arm in self.arms.values() if arm.tried and arm.rule == RULES[0]]
+        if costly and "price" not in self.plan.choice:
+            raise ValueError(f"[choice] needs a price, for the strongest value of arm '{costly[0]}'")
+        if self._seed < max(map(self.seeds_of, self.arms.values())):
+            raise ValueError(f"the seed of [choice], {self._seed}, is one of the final runs too")
+        before: dict[str, Arm] = {}
         for arm in self.arms.values():
-            if arm.takes:
-                OneOf(before).check(f"arm that '{arm.name}' takes its choice from", arm.takes)
-            self._of(arm, {})
-            before.append(arm.name)
-        if self.arms[self.reference].tried:
-            raise ValueError(f"the first arm is the reference for all prices; '{self.reference}' must try nothing")
-        if self._rates and not isinstance(self.plan.choice.get("images"), int):
-            raise ValueError("[choice] needs images, the number of validation images, to choose among rates")
-        for claim in self.plan.claims:
-            for name in (claim.arm, claim.against):
-                if name not in (*self.arms, *self.plan.arms):
-                    raise UnknownName(f"claim '{claim.name}' is about the unknown arm '{name}'")
+            with within(f"arm '{arm.name}'"):
+                if arm.takes:
+                    OneOf(list(before)).check("earlier arm", arm.takes)
+                    if before[arm.takes].later and not arm.later:
+                        raise ValueError(f"it cannot be done before arm '{arm.takes}', from which it takes over")
+                if twice := [other.name for other in before.values() if other.label == arm.label]:
+                    raise ValueError(f"its label, '{arm.label}', is that of arm '{twice[0]}'; give it another")
+            before[arm.name] = arm
+        for claim in self.claims:
+            if without := [name for name in (claim.arm, claim.against) if not self.seeds_of(self.arms[name])]:
+                raise ValueError(f"claim '{claim.name}': arm '{without[0]}' has no seeds")
+        for name, runs in self.possible().items():
+            with within(f"arm '{name}'"):
+                for run in runs:
+                    self.run(self.arms[name], run, 0)
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The claims about arms that the preset has."""
+        return tuple(c for c in self.plan.claims if c.arm in self.arms and c.against in self.arms)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Label of each arm."""
+        return {name: arm.label for name, arm in self.arms.items()}
 
     @property
     def reference(self) -> str:
@@ -268,83 +371,104 @@ class Course:
         return next(iter(self.arms))
 
     @property
-    def claims(self) -> tuple[Claim, ...]:
-        """The claims about arms that the preset has."""
-        return tuple(c for c in self.plan.claims if c.arm in self.arms and c.against in self.arms)
+    def _seed(self) -> int:
+        return int(self.plan.choice.get("seed", 1000))
 
     @cached_property
     def _rates(self) -> tuple[float, ...]:
-        return self._some(tuple(self.plan.choice.get("rates", ())))
+        return self._some(self.plan.choice.get("rates", ()))
 
     def _some(self, values: tuple[float, ...]) -> tuple[float, ...]:
         """So many values around the middle."""
-        if self.tries is None or self.tries >= len(values):
-            return values
-        start = (len(values) - self.tries) // 2
-        return values[start : start + self.tries]
+        start = max(0, (len(values) - (self.tries or len(values))) // 2)
+        return values[start : start + (self.tries or len(values))]
 
-    def _of(self, arm: Arm, over: Mapping[str, Any], taken: Run | None = None, trial: bool = False) -> Run:
-        flat = {**self.shared, **(self.trial if trial else {}), **arm.settings, **over}
-        own = [dict(pairs) for pairs in (flat.pop("weights", {}), flat.pop("settings", {}))]
-        weights, settings = own
+    def _tried(self, arm: Arm) -> list[Table]:
+        """What the trials of an arm differ in; nothing for an arm that has none."""
+        if arm.name == self.reference:
+            return [{"lr": rate} for rate in self._rates] or [{}]
+        return [arm.at(value) for value in self._some(arm.values)]
+
+    def _rate(self, run: Run | None) -> Table:
+        """The learning rate that a run was tried with, if rates are tried at all; without a run, one of them."""
+        return {"lr": run.schedule.lr if run else self._rates[0]} if self._rates else {}
+
+    def _run(self, arm: Arm, taken: Run | None, below: Table, above: Table) -> Run:
+        """A run of an arm, with what it takes over from another; `below` gives way to its own settings."""
+        objective = {}
         if taken is not None:
-            from_weights, from_settings = fitting(arm.method, dict(taken.weights), taken.objective.difference()[1])
-            weights, settings = {**from_weights, **weights}, {**from_settings, **settings}
-        weights, settings = fitting(arm.method, weights, settings) if taken is not None else (weights, settings)
-        epochs = max(1, round(arm.length * Run.of(**flat).schedule.epochs))
-        return Run.of(**{**flat, "method": arm.method, "epochs": epochs, "weights": weights, "settings": settings})
+            both = fitting(arm.method, dict(taken.weights), taken.objective.difference()[1])
+            objective = dict(zip(("weights", "settings"), both, strict=True))
+        run = Run.of(**{**_merged(self.shared, below, objective, arm.settings, above), "method": arm.method})
+        return run if arm.length == 1 else run.but(epochs=max(1, round(arm.length * run.schedule.epochs)))
+
+    def _trials(self, arm: Arm, taken: Run | None, rate: Table) -> tuple[Run, ...]:
+        """The trials of an arm; of one that tries nothing, what would be its trial."""
+        fixed = {"seed": self._seed, "evaluate_on": "val"}
+        each = self._tried(arm) or [{}]
+        return tuple(self._run(arm, taken, {**self.trial, **rate}, {**over, **fixed}) for over in each)
+
+    def run(self, arm: Arm, chosen: Run, seed: int) -> Run:
+        """The final run of an arm."""
+        return self._run(arm, chosen, self._rate(chosen), {"seed": seed, "evaluate_on": "test"})
+
+    def possible(self) -> dict[str, list[Run]]:
+        """The trials of every arm, whatever will be chosen in the arms that it takes over from."""
+        out: dict[str, list[Run]] = {}
+        for arm in self.arms.values():
+            taken = out[arm.takes] if arm.takes else [None]
+            with within(f"arm '{arm.name}'"):
+                out[arm.name] = [run for one in taken for run in self._trials(arm, one, self._rate(None))]
+        return out
 
     def state(self, accuracy: Callable[[Run], float | None]) -> State:
         """What is to be tried, and what was chosen, as far as the trials that are done tell."""
         trials: dict[str, tuple[Run, ...]] = {}
-        chosen: dict[str, Run] = {}
-        fixed: dict[str, Any] = {"seed": self.plan.choice.get("seed", 1000), "evaluate_on": "val"}
-
-        def known(runs: Iterable[Run]) -> list[Trial] | None:
-            found = [(run, accuracy(run)) for run in runs]
-            return None if any(a is None for _, a in found) else [Trial(run, float(a or 0)) for run, a in found]
-
-        first = self.arms[self.reference]
-        rates: list[dict[str, Any]] = [{"lr": rate} for rate in self._rates] or [{}]
-        trials[first.name] = tuple(self._of(first, {**fixed, **rate}, trial=True) for rate in rates)
-        if (tried := known(trials[first.name])) is None:
-            return State(trials, chosen)
-        best = choice.smallest_rate(tried, self.plan.choice["images"]) if self._rates else choice.most_accurate(tried)
-        chosen[first.name] = best.run
-        fixed["lr"], floor = best.run.schedule.lr, best.accuracy - self.plan.choice.get("price", 0.0)
+        best: dict[str, Trial] = {}
+        lost: list[str] = []
         for arm in self.arms.values():
-            if arm.name == first.name or (arm.takes and arm.takes not in chosen):
+            needs = {self.reference, arm.takes or self.reference} - {arm.name}
+            if not needs <= best.keys():
+                lost += [arm.name] if needs.intersection(lost) else []
                 continue
-            taken = chosen[arm.takes] if arm.takes else None
-            if not arm.tried:
-                chosen[arm.name] = self._of(arm, fixed, taken, trial=True)
+            first, taken = best.get(self.reference), best.get(arm.takes)
+            runs = self._trials(arm, taken and taken.run, self._rate(first and first.run))
+            if not self._tried(arm):
+                best[arm.name] = Trial(runs[0], math.nan)
                 continue
-            each = [{**fixed, **arm.at(value)} for value in self._some(arm.values)]
-            trials[arm.name] = tuple(self._of(arm, over, taken, trial=True) for over in each)
-            if (tried := known(trials[arm.name])) is not None:
-                strongest = arm.rule == RULES[0]
-                found = choice.strongest(tried, arm.strength, floor) if strongest else choice.most_accurate(tried)
-                chosen[arm.name] = found.run
-        return State(trials, chosen)
+            trials[arm.name] = runs
+            done = [Trial(run, found) for run in runs if (found := accuracy(run)) is not None]
+            if len(done) == len(runs):
+                if all(trial.accuracy == -math.inf for trial in done):
+                    lost.append(arm.name)
+                else:
+                    best[arm.name] = self._best(arm, done, first)
+        return State(trials, {name: trial.run for name, trial in best.items()}, tuple(lost))
+
+    def _best(self, arm: Arm, done: list[Trial], first: Trial | None) -> Trial:
+        """The trial that is chosen; `first` is the choice of the first arm."""
+        if first is None:
+            return choice.smallest_rate(done, self.plan.choice["images"]) if self._rates else done[0]
+        if arm.rule == RULES[0]:
+            return choice.strongest(done, arm.strength, first.accuracy - self.plan.choice["price"])
+        return choice.most_accurate(done)
 
     def final(self, state: State) -> Iterator[tuple[Arm, Run]]:
-        """The runs for the test images, of arms that are chosen, in order of value: the first seed of every arm first."""
+        """The runs for the test images, of arms with a choice, in order of value: the first seed of every arm first."""
         for later in (False, True):
-            arms = [arm for arm in self.arms.values() if arm.later == later]
+            arms = [arm for arm in self.arms.values() if arm.later == later and arm.name in state.chosen]
             for seed in range(max(map(self.seeds_of, arms), default=0)):
                 for arm in arms:
-                    if seed < self.seeds_of(arm) and arm.name in state.chosen:
+                    if seed < self.seeds_of(arm):
                         yield arm, self.run(arm, state.chosen[arm.name], seed)
 
     def seeds_of(self, arm: Arm) -> int:
         """How many seeds an arm has."""
         return self.seeds if arm.seeds is None else arm.seeds
 
-    def run(self, arm: Arm, chosen: Run, seed: int) -> Run:
-        """The final run of an arm."""
-        return self._of(arm, {"seed": seed, "evaluate_on": "test", "lr": chosen.schedule.lr}, taken=chosen)
-
-    def count(self) -> int:
-        """How many trials and final runs there are at most; equal ones count twice."""
-        tries = sum(len(self._some(arm.values)) for arm in self.arms.values()) + max(len(self._rates), 1)
-        return tries + sum(map(self.seeds_of, self.arms.values()))
+    def count(self, state: State | None = None) -> int:
+        """How many trials and final runs there are at most, or are not known yet at a state; equal ones count twice."""
+        known = state or State({}, {})
+        arms = [arm for arm in self.arms.values() if arm.name not in known.lost]
+        trials = sum(len(self._tried(arm)) for arm in arms if arm.name not in known.trials)
+        return trials + sum(self.seeds_of(arm) for arm in arms if arm.name not in known.chosen)

@@ -11,25 +11,36 @@ import logging
 import math
 import multiprocessing
 import os
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess, parent_process
 from typing import Any
 
 import torch
 
+from sdecor.choice import Trial
 from sdecor.config import Run
 from sdecor.experiment import devices, execute
 from sdecor.images import ImageData
-from sdecor.plan import Course, State
-from sdecor.prepare import data_of
-from sdecor.store import Record, Store, network
+from sdecor.models import default_layers
+from sdecor.plan import OF_LAYERS, Course, State, within
+from sdecor.prepare import data_of, without_removal
+from sdecor.registers import OneOf
+from sdecor.store import SHAPE, Record, Store, network
 from sdecor.training import History, device_of, fit
 
+Root = str | os.PathLike[str] | None
 log = logging.getLogger("sdecor")
 MARGIN = 1.15  # how much longer than last time a run may take
 GRACE = 5.0  # seconds after the budget in which a worker may come to the end of an epoch
 PAUSE = 0.5
+EVERY = 20.0  # seconds between calls of what is to be done now and then
+BATCH = 4  # images of a step that is only to show whether it can be taken
+TOLD = 3  # exit code of a worker that has said why
 
 
 class OutOfTime(Exception):
@@ -62,11 +73,9 @@ class Todo:
 def work(course: Course, store: Store, state: State | None = None) -> Iterator[tuple[Todo, bool]]:
     """Every run of a plan that is known by now, in order of value, and whether it is done."""
     state = state or course.state(accuracy(store))
-    listed: list[Todo] = []
-    for later in (False, True):
-        trials = {arm: runs for arm, runs in state.trials.items() if course.arms[arm].later == later}
-        listed += [Todo(arm, run, "trial") for arm, runs in trials.items() for run in runs]
-        listed += [Todo(arm.name, run, "final") for arm, run in course.final(state) if arm.later == later]
+    listed = [Todo(arm, run, "trial") for arm, runs in state.trials.items() for run in runs]
+    listed += [Todo(arm.name, run, "final") for arm, run in course.final(state)]
+    listed.sort(key=lambda todo: course.arms[todo.arm].later)
     seen: set[str] = set()
     for todo in listed:
         if todo.run.key not in seen:
@@ -74,180 +83,286 @@ def work(course: Course, store: Store, state: State | None = None) -> Iterator[t
             yield todo, store.record(todo.run) is not None or bool(store.failure(todo.run))
 
 
-def records(course: Course, store: Store) -> dict[str, list[Record]]:
-    """The records of the final runs that are done, by arm."""
-    found: dict[str, list[Record]] = {}
-    for arm, run in course.final(course.state(accuracy(store))):
+@dataclass(frozen=True)
+class Results:
+    """What a store has of a plan: what a page is made of."""
+
+    course: Course
+    trials: dict[str, list[Trial]]  #: Those that are done, by arm.
+    chosen: dict[str, Run]  #: Arm to the trial that was chosen.
+    records: dict[str, list[Record]]  #: Arm to the records of its seeds, as far as they are done.
+    missing: dict[str, int]  #: Arm to the number of seeds that are not, where there are some.
+
+    def all(self) -> list[Record]:
+        """The records of all arms, each once."""
+        return list({r.run.key: r for rs in self.records.values() for r in rs}.values())
+
+    def keys(self) -> dict[str, str]:
+        """Arm to the key of its run with seed 0, of arms with records: see `sdecor.report.verdict`."""
+        return {name: rs[0].run.but(seed=0).key for name, rs in self.records.items()}
+
+    def names(self) -> dict[str, str]:
+        """The same keys to the labels of the arms; of arms that came out as the same runs, the first one's."""
+        return {key: self.course.labels[name] for name, key in reversed(self.keys().items())}
+
+
+def results(course: Course, store: Store) -> Results:
+    """Read what a store has of a plan."""
+    of = accuracy(store)
+    state = course.state(of)
+    tried = {arm: [Trial(run, a) for run in runs if (a := of(run)) is not None] for arm, runs in state.trials.items()}
+    records: dict[str, list[Record]] = {}
+    for arm, run in course.final(state):
         if (record := store.record(run)) is not None:
-            found.setdefault(arm.name, []).append(record)
-    return found
+            records.setdefault(arm.name, []).append(record)
+    left = {name: course.seeds_of(arm) - len(records.get(name, ())) for name, arm in course.arms.items()}
+    missing = {name: n for name, n in left.items() if n}
+    return Results(course, {n: t for n, t in tried.items() if t}, dict(state.chosen), records, missing)
 
 
-@dataclass
+def _shape(run: Run, store: Store, root: Root) -> dict[str, int]:
+    """What a network is built for, and the number of training images."""
+    data = data_of(without_removal(run), store, "train", root=root)
+    return {**{name: getattr(data, name) for name in SHAPE}, "images": len(data)}
+
+
+def _step(run: Run, shape: Mapping[str, int], batch: int, steps: int = 1, epochs: int = 1, **how: Any) -> float:
+    """Seconds of a step, in the quickest of some epochs: on noise, and without getting anywhere."""
+    noise = torch.randint(256, (steps * batch, shape["channels"], *[shape["image_size"]] * 2), dtype=torch.uint8)
+    data = ImageData.from_tensors(noise, torch.arange(len(noise)) % shape["num_classes"])
+    short = run.but(epochs=epochs, batch_size=batch, lr=1e-9).schedule
+    return min(fit(network(run, shape), data, run.objective, short, progress=False, **how).seconds) / steps
+
+
+def check(course: Course, store: Store, root: Root = None) -> None:
+    """Take a step of every arm, on noise, so that what the data or a network make impossible is named at once.
+
+    Raises:
+        ValueError: If an arm cannot be trained, or a claim is about features that its networks do not have.
+        FileNotFoundError: If the data are absent.
+    """
+    shapes: dict[Any, dict[str, int]] = {}
+    tested: set[Any] = set()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a step is slower with more, and others may be working
+    try:
+        for name, run in ((name, run) for name, trials in course.possible().items() for run in trials):
+            if run.data not in shapes:
+                shapes[run.data] = _shape(run, store, root)
+            kind = run.data, run.model, run.method, *run.objective.terms, *run.objective.settings.items()
+            with within(f"arm '{name}'"):
+                if kind not in tested:
+                    tested.add(kind)
+                    _check_step(run, shapes[run.data])
+                _check_claims(course, name, run, shapes[run.data])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_step(run: Run, shape: Mapping[str, int]) -> None:
+    try:
+        _step(run, shape, BATCH)
+    except FloatingPointError:
+        pass  # on noise; what becomes of images, training will tell
+    except RuntimeError as error:
+        raise ValueError(f"it cannot be trained: {error}") from error
+
+
+def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) -> None:
+    claims = [claim for claim in course.claims if arm in (claim.arm, claim.against)]
+    if of_layers := [claim for claim in claims if claim.measure.startswith(OF_LAYERS)]:
+        layers = run.objective.settings.get("layers") or default_layers(network(run, shape))
+        known = [f"{measure}_{layer}" for measure in OF_LAYERS for layer in layers]
+        for claim in of_layers:
+            OneOf(known).check(f"measure of claim '{claim.name}'", claim.measure)
+
+
 class Prices:
-    """Seconds that runs take here: as runs before them took, else by a trial of a few steps."""
+    """Seconds that runs take here: the median of those before, else by a trial of a few steps."""
 
-    store: Store
-    device: str
-    amp: bool = False
-    root: str | os.PathLike[str] | None = None
-    known: dict[Any, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._where = device_of(self.device)
-        on = self._where
-        self._name = torch.cuda.get_device_name(on) if on.type == "cuda" else "CPU"
+    def __init__(self, store: Store, device: str, amp: bool = False, root: Root = None) -> None:
+        self.store, self.device, self.amp, self.root = store, device, amp, root
+        where = device_of(device)
+        self._epochs, self._name = (5, torch.cuda.get_device_name(where)) if where.type == "cuda" else (3, "CPU")
         self._read: set[str] = set()
+        self._times: dict[Any, list[float]] = {}
+        self._guesses: dict[Any, float] = {}
+        self._shapes: dict[Any, dict[str, int]] = {}
 
     def update(self) -> None:
         """Read what was measured since."""
         for path in self.store.root.glob("results/*/*.json"):
             if path.stem not in self._read:
                 self._read.add(path.stem)
-                try:
+                with suppress(ValueError, FileNotFoundError):  # whoever asks for it will say so
                     self._learn(Record.of_json(path.read_text(encoding="utf-8")))
-                except ValueError:
-                    continue  # whoever asks for it will say so
 
     def _learn(self, record: Record) -> None:
-        about = record.environment
-        if about.get("device", "").startswith(self._name) and bool(about.get("amp")) == self.amp:
-            trained, total = about["training_seconds"], about["session_seconds"]
-            self.known["epoch", self._size(record.run), record.run.method] = trained / record.run.schedule.epochs
-            if total >= trained:  # else it was begun in another session
-                self.known["rest", self._size(record.run), record.run.thorough] = total - trained
+        about, run = record.environment, record.run
+        trained, total = about.get("training_seconds"), about.get("session_seconds", 0.0)
+        if trained is None or not about["device"].startswith(self._name) or bool(about.get("amp")) != self.amp:
+            return
+        self._times.setdefault((run.method, *self._size(run)), []).append(trained / run.schedule.epochs)
+        if total >= trained:  # else it was begun in another session
+            self._times.setdefault((run.thorough, *self._size(run)), []).append(total - trained)
 
     @staticmethod
-    def _size(run: Run) -> Any:
+    def _size(run: Run) -> tuple[Any, ...]:
         return run.data, run.model, run.schedule.batch_size
 
     def seconds(self, run: Run) -> float:
         """How long all of a run takes."""
-        size = self._size(run)
-        if ("epoch", size, run.method) not in self.known:
-            self.known["epoch", size, run.method] = self._trial(run)
-        epoch = self.known["epoch", size, run.method]
-        rest = self.known.get(("rest", size, run.thorough), (6 if run.thorough else 1) * epoch)
+        method, kind = (run.method, *self._size(run)), (run.thorough, *self._size(run))
+        epoch = statistics.median(self._times[method]) if method in self._times else self._guess(run)
+        rest = statistics.median(self._times[kind]) if kind in self._times else (6 if run.thorough else 1) * epoch
         return run.schedule.epochs * epoch + rest
 
-    def _trial(self, run: Run) -> float:
-        """Seconds an epoch takes, by the quickest of a few epochs of two steps on noise."""
-        train = self._shape(run)
-        batch = min(run.schedule.batch_size, train["images"])
-        noise = torch.randint(256, (2 * batch, train["channels"], *[train["image_size"]] * 2), dtype=torch.uint8)
-        data = ImageData.from_tensors(noise, torch.arange(2 * batch) % train["num_classes"])
-        short = run.but(epochs=5 if self._where.type == "cuda" else 3)
-        how: dict[str, Any] = {"device": self.device, "amp": self.amp, "progress": False}
-        history = fit(network(run, train), data, run.objective, short.schedule, **how)
-        return min(history.seconds) / 2 * max(train["images"] // batch, 1)
+    def _guess(self, run: Run) -> float:
+        """Seconds of an epoch, by those of a few steps."""
+        key = run.method, *self._size(run)
+        if key not in self._guesses:
+            if run.data not in self._shapes:
+                self._shapes[run.data] = _shape(run, self.store, self.root)
+            shape = self._shapes[run.data]
+            batch = min(run.schedule.batch_size, shape["images"])
+            with suppress(FloatingPointError):  # of noise: it costs nothing to see whether images do better
+                took = _step(run, shape, batch, steps=2, epochs=self._epochs, device=self.device, amp=self.amp)
+                self._guesses[key] = took * (shape["images"] // batch)
+        return self._guesses.setdefault(key, 0.0)
 
-    def _shape(self, run: Run) -> dict[str, int]:
-        key = ("shape", run.data)
-        if key not in self.known:
-            data = data_of(run, self.store, "train", root=self.root)
-            names = ("channels", "num_classes", "image_size")
-            self.known[key] = {**{n: getattr(data, n) for n in names}, "images": len(data)}
-        return dict(self.known[key])
 
 def run_plan(
     course: Course,
     store: Store,
     *,
-    root: str | os.PathLike[str] | None = None,
+    root: Root = None,
     device: str = "cpu",
     workers: int = 1,
     threads: int | None = None,
     budget: float = math.inf,
     compiled: bool = False,
-    after: Callable[[], None] | None = None,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
     """Work through a plan with so many processes, for at most `budget` seconds and `GRACE` more.
 
     Several workers share one GPU, or take several in turn, and have one CPU thread each unless `threads` says
-    otherwise. `after` is called now and then in this process, and at the end. If a worker dies, the others go on, and
-    ChildProcessError is raised at the end.
+    otherwise. `after` is called now and then in this process, and at the end. What `check` raises ends everything at
+    once. If a worker fails, the others go on, and ChildProcessError says why at the end.
     """
     deadline = time.time() + budget
-    context = multiprocessing.get_context("spawn")
     count = threads or (1 if workers > 1 or device_of(device).type == "cuda" else None)
+    _tidy(course, store)
+    if all(ready for _, ready in work(course, store)):
+        after()
+        return
+    context = multiprocessing.get_context("spawn")
+    failures = context.SimpleQueue()
     how: dict[str, Any] = {"root": root, "compiled": compiled, "threads": count, "deadline": deadline}
-    places = devices(device, workers)
-    processes = [context.Process(target=_work, args=(course, store), kwargs={**how, "device": p}) for p in places]
+    each = [{**how, "device": place} for place in devices(device, workers)]
+    processes = [context.Process(target=_worker, args=(failures, course, store), kwargs=one) for one in each]
     for p in processes:
         p.start()
     try:
-        last = time.time()
-        while any(p.is_alive() for p in processes) and time.time() < deadline + GRACE:
-            next(p for p in processes if p.is_alive()).join(PAUSE)
-            if after is not None and time.time() - last > 20:
-                after()
-                last = time.time()
+        check(course, store, root)
+        _watch(processes, deadline + GRACE, after)
     finally:
         late = [p for p in processes if p.is_alive()]
         for p in late:
             p.kill()  # it loses at most an epoch
         for p in processes:
             p.join()
-        if after is not None:
+        after()
+    if failed := [p for p in processes if p.exitcode and p not in late]:
+        why = [f"exit code {p.exitcode}" for p in failed if p.exitcode != TOLD]
+        while not failures.empty():
+            why.append(failures.get())
+        raise ChildProcessError(f"{len(failed)} of {len(processes)} workers failed: {'; '.join(dict.fromkeys(why))}")
+
+
+def _tidy(course: Course, store: Store) -> None:
+    """Remove what a kill left of runs that are done, so that nobody needs even the lock."""
+    done = {todo.run.key for todo, ready in work(course, store) if ready}
+    for path in store.root.glob("unfinished/*"):
+        if path.name.partition(".")[0] in done:
+            path.unlink(missing_ok=True)
+
+
+def _watch(processes: Sequence[BaseProcess], end: float, after: Callable[[], None]) -> None:
+    """Wait until all processes are done, or for the end."""
+    last = time.time()
+    while (alive := [p for p in processes if p.is_alive()]) and time.time() < end:
+        alive[0].join(PAUSE)
+        if time.time() - last > EVERY:
             after()
-    if failed := [p.exitcode for p in processes if p.exitcode and p not in late]:
-        raise ChildProcessError(f"{len(failed)} of {len(processes)} workers failed; their output says why")
+            last = time.time()
+
+
+def _worker(failures: Any, course: Course, store: Store, **how: Any) -> None:
+    """A process that works; an error is left to the one that started it, with its trace if it was not foreseen."""
+    try:
+        _work(course, store, **how)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError):
+            log.exception("unforeseen")
+        failures.put(f"{error.__class__.__name__}: {error}"[:2000])
+        sys.exit(TOLD)
 
 
 def _work(
-    course: Course,
-    store: Store,
-    *,
-    root: str | os.PathLike[str] | None,
-    device: str,
-    compiled: bool,
-    threads: int | None,
-    deadline: float,
+    course: Course, store: Store, *, device: str = "cpu", threads: int | None = None, deadline: float, **how: Any
 ) -> None:
-    """One worker."""
+    """Do what is next, again and again, until nothing is left that will be done in time."""
     if threads is not None:
         torch.set_num_threads(threads)
-    prices, done, known = Prices(store, device, course.amp, root=root), set[str](), accuracy(store)
+    prices, known, parent = Prices(store, device, course.amp, how.get("root")), accuracy(store), parent_process()
+    done: set[str] = set()
+    how |= {"device": device, "amp": course.amp, "progress": False}
+
+    def over() -> bool:
+        """Whether the time is, or the process that started this one was killed."""
+        return time.time() >= deadline or (parent is not None and not parent.is_alive())
 
     def stop(epochs: int, history: History) -> None:
-        if time.time() > deadline:
+        if over():
             raise OutOfTime
 
-    how: dict[str, Any] = {"root": root, "device": device, "amp": course.amp, "compiled": compiled, "progress": False}
-    while time.time() < deadline:
-        prices.update()
-        waiting, began = False, False
-        for todo, ready in work(course, store, course.state(known)):
-            if ready or todo.run.key in done:
-                continue
-            if deadline < math.inf and time.time() + MARGIN * prices.seconds(todo.run) > deadline:
-                continue
-            try:
-                record = execute(todo.run, store, **how, after_epoch=stop, wait=False)
-            except FloatingPointError as error:
-                log.warning("%s of arm '%s' broke down: %s", todo.stage, todo.arm, error)
-                store.fail(todo.run, str(error))
-                record = None
-            except OutOfTime:
-                return
-            if record is None and not store.failure(todo.run):
-                waiting = True  # another process is at it; what it finds may make new runs known
-                continue
-            done.add(todo.run.key)
-            began = True
-            break
-        if not began and not waiting:
-            return
-        if not began:
-            time.sleep(PAUSE)
+    def fits(run: Run) -> bool:
+        return deadline == math.inf or time.time() + MARGIN * prices.seconds(run) < deadline
+
+    def do(todo: Todo) -> bool:
+        """Whether it is done now; if not, another process is at it."""
+        try:
+            return execute(todo.run, store, after_epoch=stop, wait=False, **how) is not None
+        except FloatingPointError as error:
+            log.warning("%s of arm '%s' broke down: %s", todo.stage, todo.arm, error)
+            store.checkpoint(todo.run).unlink(missing_ok=True)
+            store.fail(todo.run, str(error))
+            return True
+
+    with suppress(OutOfTime):
+        while not over():
+            prices.update()
+            waiting = False
+            for todo in [t for t, ready in work(course, store, course.state(known)) if not ready]:
+                if todo.run.key not in done and fits(todo.run):
+                    waiting = True
+                    if do(todo):
+                        done.add(todo.run.key)
+                        break
+            else:
+                if not waiting:
+                    return
+                time.sleep(PAUSE)  # what others are at may make more known
 
 
 def seconds_left(course: Course, store: Store, prices: Prices) -> tuple[float, int]:
-    """How long the runs that are known and not done take, one after another, and how many are not known yet."""
+    """How long the runs that are known and not done take, one after another, and how many more there may be."""
     prices.update()
-    listed = list(work(course, store))
-    unknown = course.count() - len(listed)
-    return sum(prices.seconds(todo.run) for todo, ready in listed if not ready), max(unknown, 0)
+    state = course.state(accuracy(store))
+    left = [todo.run for todo, ready in work(course, store, state) if not ready]
+    return sum(map(prices.seconds, left)), course.count(state)
 
 
-__all__ = ["OutOfTime", "Prices", "Todo", "accuracy", "records", "run_plan", "seconds_left", "work"]
+__all__ = ["OutOfTime", "Prices", "Results", "Todo", "accuracy", "check", "results", "run_plan", "seconds_left", "work"]

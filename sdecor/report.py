@@ -36,7 +36,11 @@ Columns = Mapping[str, tuple[str, float, int]] | Iterable[str]
 Pairs = Mapping[str, tuple[str, str]]
 DASH = "–"
 _NO_SETTING = ("arm", "key", "seed", "measure", "value")
-_PLAIN = {"accuracy": ("accuracy, % ↑", 100.0, 2), "cross_entropy": ("cross-entropy in training, at the end", 1.0, 4)}
+_PLAIN = {
+    "grid_pointing_game": ("grid pointing game ↑", 1.0, 3),
+    "accuracy": ("accuracy, % ↑", 100.0, 2),
+    "cross_entropy": ("cross-entropy in training, at the end", 1.0, 4),
+}
 _OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective rank", 1)}
 _ENDS = ("mean", "low", "high")
 _LEVEL = 0.05
@@ -48,11 +52,16 @@ _SIGNS = {"higher": "+", "lower": "-", "equal": "±"}
 _wrapped = partial(textwrap.fill, break_on_hyphens=False)
 
 
-def frame(records: Iterable[Record], extra: Mapping[str, Callable[[Record], float]] | None = None) -> pd.DataFrame:
+def frame(
+    records: Iterable[Record],
+    extra: Mapping[str, Callable[[Record], float]] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
     """A row for every record and measure, also `extra` ones, functions of a record; a run that comes twice counts once.
 
-    Columns are ``arm`` (see `arms`), every setting that one of the runs has (NaN where another lacks it), ``key`` of
-    the run with seed 0, ``seed``, ``measure`` and ``value``.
+    A plan gives arms `names`, by the key of the run with seed 0 (`sdecor.planned.Results.names`); the others are named
+    by `arms`. Columns are ``arm``, every setting that one of the runs has (NaN where another lacks it), ``key`` of the
+    run with seed 0, ``seed``, ``measure`` and ``value``.
     """
     rows = []
     for record in {r.run: r for r in records}.values():
@@ -64,7 +73,8 @@ def frame(records: Iterable[Record], extra: Mapping[str, Callable[[Record], floa
     if not rows:
         raise ValueError("records is empty; a frame needs one at least")
     out = pd.DataFrame(rows, dtype=object).astype({"seed": int, "measure": str, "value": float})
-    return arms(out[[c for c in out if c not in _NO_SETTING] + ["key", "seed", "measure", "value"]])
+    out = arms(out[[c for c in out if c not in _NO_SETTING] + ["key", "seed", "measure", "value"]])
+    return out.assign(arm=[(names or {}).get(key, arm) for key, arm in zip(out["key"], out["arm"], strict=True)])
 
 
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -407,7 +417,8 @@ def _panel(ax: Axes, rows: pd.DataFrame, labels: pd.Series, names: list[str], fa
         notes = ["undefined here"]
         ax.set_xticks([])
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        low, high = (abs(end) for end in ax.get_xlim())
+        ax.xaxis.set_major_locator(MaxNLocator(4 if max(low, high) > 0.05 else 3))  # such numbers are long
     ax.grid(False, axis="y")
     ax.tick_params(labelsize=10)
     ax.set_xlabel("\n".join(_wrapped(note, 30) for note in notes), fontsize=9)
@@ -481,7 +492,7 @@ def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> Non
     methods = len({r.run.method for r in rs})
     rows = {
         "Preset": preset,
-        "Data": every(r.run.data.name for r in rs),
+        "Data": every(r.environment.get("data", r.run.data.name) for r in rs),
         "Runs": f"{len(rs)}: {methods} method{'s' * (methods > 1)}, seeds {every(r.run.seed for r in rs)}",
         "Epochs": every(r.run.schedule.epochs for r in rs),
         "Device": f"{where('device')}, {where('threads')} thread(s) a run",

@@ -32,14 +32,18 @@ SHAPE = ("channels", "num_classes", "image_size")
 _LEAST, _MOST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions, commit and date of work done now; ``SDECOR_COMMIT`` tells it where there is no git."""
+def _commit() -> str:
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent
-        commit = subprocess.check_output(describe, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+        return subprocess.check_output(describe, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
-        commit = os.environ.get("SDECOR_COMMIT", "unknown")
+        return "unknown"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions, commit and date of work done now; for a copy of a checkout ``SDECOR_COMMIT`` says which."""
+    commit = os.environ.get("SDECOR_COMMIT") or _commit()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
@@ -59,7 +63,7 @@ class Record:
     metrics: dict[str, float]  #: Name to number.
     curves: dict[str, list[float]]  #: Terms an epoch; masked accuracy a share; histogram of gradients.
     shape: dict[str, int]  #: ``channels``, ``num_classes`` and ``image_size`` that the network was built for.
-    environment: dict[str, Any]  #: Device, threads, versions, commit, date (UTC), seconds, name of the data as they came.
+    environment: dict[str, Any]  #: Device, threads, versions, commit, date (UTC), seconds, name of the data.
     weights_sha256: str  #: Of the weights file.
 
     def __post_init__(self) -> None:

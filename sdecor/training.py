@@ -185,14 +185,7 @@ def fit(
         bar = tqdm(total=plan.epochs * steps, initial=done * steps, unit="step", leave=False, disable=hidden)
         stack.enter_context(bar)
         order, noise, saved = torch.Generator(where), torch.Generator(where), time.perf_counter()
-
-        def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            with torch.autocast(where.type, torch.bfloat16, enabled=amp):
-                terms = losses(forward, x, y, objective, generator=noise, features=features)
-            _descend(optimizer, terms["total"], plan.clip)
-            features.clear()  # they hold the graph of the step
-            return {name: value.detach() for name, value in terms.items()}
-
+        step = _stepper(forward, objective, optimizer, plan.clip, features=features, generator=noise, amp=amp)
         train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
@@ -217,6 +210,28 @@ def fit(
             if after_epoch is not None:
                 after_epoch(epoch + 1, history)
     return history
+
+
+def _stepper(
+    model: Any,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+    *,
+    features: dict[str, Tensor],
+    generator: torch.Generator,
+    amp: bool,
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """One step of training: from images and labels to the terms, as constants."""
+
+    def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            terms = losses(model, x, y, objective, generator=generator, features=features)
+        _descend(optimizer, terms["total"], clip)
+        features.clear()  # they hold the graph of the step
+        return {name: value.detach() for name, value in terms.items()}
+
+    return step
 
 
 def _optimizer(plan: Schedule, parameters: list[nn.Parameter], where: torch.device) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ baselines training
 store
 prepare parcels
 evaluation
-experiment choice plan planned
+experiment choice plan planned bundle
 report
 __main__
 """

@@ -41,7 +41,7 @@ def refused(*arguments: object, code: int = 2) -> str:
 def test_help() -> None:
     out, _ = call("--help")
     commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-    assert commands == ["data", "grid", "list", "measure", "merge", "plan", "run", "show", "train"]
+    assert commands == ["bundle", "data", "grid", "list", "measure", "merge", "plan", "run", "show", "train"]
     for command in (*commands, "data list", "data fetch", "data check"):
         assert f"Usage: sdecor {command} " in call(*command.split(), "--help")[0]
 

@@ -31,6 +31,7 @@ from sdecor.evaluation import (
     SAMPLES,
     exhibit,
     gradient_histogram,
+    grid_pointing_game,
     measure,
     measure_again,
     tabulate,
@@ -449,3 +450,60 @@ def test_the_command_without_weights(tmp_path: Path) -> None:
     called = CliRunner().invoke(app, ["measure", "--store", str(tmp_path), "--data", "mnist"], prog_name="sdecor")
     assert (called.exit_code, called.stdout) == (2, "")
     assert called.stderr == f"error: no weights of mnist in {tmp_path}; name another folder with --store\n"
+
+
+def test_curves_may_be_drawn_of_fewer_images(model, data) -> None:
+    whole, few = (measure(model, data, metrics=(), curve_images=n)[1] for n in (None, 20))
+    subset = measure(model, data.subset(20), metrics=())[1]
+    assert few.keys() == whole.keys()
+    assert few["gradient_histogram"] == whole["gradient_histogram"]
+    for name in few.keys() - {"gradient_histogram"}:
+        assert few[name] == subset[name]
+        assert few[name] != whole[name]
+
+
+class Even(nn.Module):
+    """Every class is a multiple of the mean: the gradient is the same everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.weight = nn.Parameter(torch.arange(1.0, 11.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x).flatten(1)[:, :1] * self.weight
+
+
+class Matching(nn.Module):
+    """Looks for class k where the image has grey value k / 10: the gradient lies on the picture of that class alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = torch.arange(10).view(1, -1, 1, 1) / 10
+        near = ((x[:, :1] - level).detach().abs() < 0.01).float()
+        return self.pool(near * x[:, :1]).flatten(1)
+
+
+def flat(count: int) -> ImageData:
+    """Images of one grey value each, a tenth of their label, and with mean 0 and spread 1, so that x is that value."""
+    labels = torch.arange(count) % 10
+    images = (labels * 25.5).round().to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
+    return replace(ImageData.from_tensors(images, labels), mean=(0.0,), std=(1.0,))
+
+
+def test_grid_pointing_game_of_known_maps() -> None:
+    data = flat(80)
+    close(grid_pointing_game(Matching(), data), torch.ones(20, dtype=torch.float64))
+    close(grid_pointing_game(Even(), data, batch_size=7), torch.full((20,), 0.25, dtype=torch.float64))
+
+
+def test_grid_pointing_game_is_played_where_networks_and_classes_allow_it() -> None:
+    data = flat(40)
+    metrics, _ = measure(Matching(), data, layers=("pool",), metrics=())
+    assert metrics["grid_pointing_game"] == 1
+    assert "grid_pointing_game" not in measure(Matching(), data, layers=("pool",), metrics=(), thorough=False)[0]
+    three = replace(data.subset(torch.arange(40)[data.labels < 3]), classes=("a", "b", "c"))
+    assert "grid_pointing_game" not in measure(Matching(), three, layers=("pool",), metrics=())[0]

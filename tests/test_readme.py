@@ -53,7 +53,7 @@ def test_what_one_adds_is_known_to_all_commands(text: str, blocks: list[str], tm
         ).stdout
         for command in commands
     ]
-    assert "gradient-penalty" in said[0]
+    assert "logit-slope" in said[0]
     assert re.search(r"^  largest +0\.0", said[1], re.MULTILINE)
     assert list(tmp_path.glob("runs/results/digits/*.json"))
 

@@ -235,6 +235,18 @@ def test_noise_is_uniform() -> None:
     assert noise[1].any()
 
 
+def test_centre_spot_is_a_gaussian_that_knows_no_image() -> None:
+    x = torch.rand(3, 2, 9, 13, dtype=torch.float64)
+    spot = sanity.centre_spot(x, width=0.5)
+    assert spot.shape == (3, 9, 13)
+    assert spot.dtype == torch.float64
+    close(spot, spot.flip(1))
+    close(spot, spot.flip(2))
+    close(spot[0, 4, 6], torch.tensor(1.0, dtype=torch.float64))
+    close(spot[1, 4, 6 + 3], torch.tensor(math.exp(-(3**2) / (2 * 4.5**2)), dtype=torch.float64))
+    close(spot[2, 4 - 2, 6], torch.tensor(math.exp(-(2**2) / (2 * 4.5**2)), dtype=torch.float64))
+
+
 def test_bad_controls() -> None:
     with pytest.raises(ValueError, match=r"^images must have shape \(B, C, H, W\), got \(2, 4, 4\)$"):
         controls(torch.ones(2, 4, 4))

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tomllib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -27,6 +28,8 @@ import sdecor
 from sdecor import report
 from sdecor.config import Run
 from sdecor.models import build
+from sdecor.plan import Course, Plan
+from sdecor.planned import Results
 from sdecor.store import Record, Store
 from sdecor_book import chapter, execute
 from sdecor_book.__main__ import main
@@ -101,6 +104,75 @@ def test_missing_records_are_trained_with_no_more_workers_than_they_are(
     runs = [Run.of(data="mnist", seed=seed) for seed in range(2)]
     chapter.records(runs, Store(tmp_path), retrain=True, workers=8, root="data")
     assert seen == {"runs": runs, "workers": 2, "threads": 1, "progress": False, "root": "data"}
+
+
+TINY_PLAN = {
+    "shared": {"data": "digits", "epochs": 1},
+    "choice": {"seed": 1000, "price": 0.1},
+    "arms": {"standard": {}, "decorrelation": {"try": {"decorrelation": [1.0, 3.0]}}},
+    "presets": {"quick": {"seeds": 1, "tries": 1}, "cpu": {"seeds": 2}, "gpu": {"seeds": 2, "epochs": 3}},
+}
+
+
+def planned(shelf: Store, **given: Any) -> Results:
+    values = {"preset": "published", "retrain": False, "data": "", "model": "", "seeds": 0, "epochs": 0, "workers": 0}
+    values |= {"device": "cpu", "data_root": ""}
+    return chapter.planned(Plan.of("tiny", TINY_PLAN), SimpleNamespace(**{**values, **given}), shelf)
+
+
+def write(shelf: Store, runs: Iterable[Run]) -> None:
+    shape = {"channels": 1, "num_classes": 10, "image_size": 28}
+    for run in runs:
+        shelf.write(Record(run, {"accuracy": 0.5}, {}, shape, {}, ""))
+
+
+def everything(preset: str) -> list[Run]:
+    course = Plan.of("tiny", TINY_PLAN).at(preset)
+    state = course.state(lambda run: 0.5)
+    return [run for runs in state.trials.values() for run in runs] + [run for _, run in course.final(state)]
+
+
+def test_published_is_the_preset_with_most_records(tmp_path: Path) -> None:
+    shelf = Store(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no records of this plan at 'cpu'; pass retrain=True"):
+        planned(shelf)
+    write(shelf, everything("cpu")[:-1])
+    found = planned(shelf)
+    assert (found.course.preset, len(found.all()), found.missing) == ("cpu", 3, {"decorrelation": 1})
+    assert chapter.progress(found) == (
+        "Preset `cpu`: 3 networks of 2 arms. Not run yet: some seeds of: decorrelation only. "
+        "This goes on: `sdecor run tiny --preset cpu --store data`."
+    )
+    write(shelf, everything("gpu"))
+    found = planned(shelf)
+    assert (found.course.preset, len(found.all()), found.missing) == ("gpu", 4, {})
+    assert chapter.progress(found) == "Preset `gpu`: 4 networks of 2 arms, all that the plan asks for."
+    assert planned(shelf, preset="cpu").course.preset == "cpu"
+    names = [f.course.preset for f in chapter.published(Plan.of("tiny", TINY_PLAN), shelf)]
+    assert names == ["gpu", "cpu"]
+
+
+def test_a_planned_chapter_trains_where_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def train(course: Course, shelf: Store, **how: Any) -> None:
+        seen.append((course.preset, course.seeds, course.shared["epochs"], how))
+        state = course.state(lambda run: 0.5)
+        write(shelf, [run for runs in state.trials.values() for run in runs] + [r for _, r in course.final(state)])
+
+    monkeypatch.setattr(chapter, "run_plan", train)
+    found = planned(Store(tmp_path / "quick"), preset="quick", workers=3, epochs=7)
+    assert len(found.all()) == 2
+    planned(Store(tmp_path / "cpu"), preset="cpu", retrain=True, seeds=4, data_root="there")
+    assert seen == [
+        ("quick", 1, 7, {"workers": 3, "threads": 1, "device": "cpu", "root": None}),
+        ("cpu", 4, 1, {"workers": 1, "threads": 1, "device": "cpu", "root": "there"}),
+    ]
+
+
+def test_presets_of_a_plan_are_those_of_its_chapter() -> None:
+    plan = chapter.plan("mnist")
+    assert list(chapter.presets(plan)) == ["published", *plan.presets]
 
 
 def test_what_is_kept_of_a_network_needs_no_weights(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from sdecor._files import locked, replace_atomically
 from sdecor.config import Run
 from sdecor.experiment import grid
+from sdecor.plan import Plan
+from sdecor.planned import Results, results, run_plan
 from sdecor.registers import Between, Option
 from sdecor.report import glue
 from sdecor.sources import data_root
 from sdecor.store import Record, Store
 
-from . import ROOT
+from . import BOOK, ROOT
 
-__all__ = ["glue", "holds", "kept", "parameters", "records", "store"]
+__all__ = ["glue", "holds", "kept", "parameters", "plan", "planned", "presets", "progress", "published", "records"]
+__all__ += ["store"]
 _SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
 
 
@@ -49,7 +52,7 @@ def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, 
     """
     types: dict[str, Any] = dict(namespace["__annotations__"])
     for name, value in namespace.items():
-        if name.startswith("_") or name in _SHELL or callable(value) or type(value).__name__ == "module":
+        if name.startswith("_") or name in _SHELL or callable(value) or isinstance(value, Plan | ModuleType):
             continue
         if name not in types:
             raise ValueError(f"unknown parameter '{name}'; known: {', '.join(types)}")
@@ -99,6 +102,62 @@ def store(path: str = "", *, temporary: bool = False, retrain: bool = False) -> 
     if temporary:
         return Store(tempfile.mkdtemp(prefix="sdecor-"))
     return Store(data_root() / "runs" if retrain else ROOT / "data")
+
+
+def plan(name: str) -> Plan:
+    """The plan of an experiment chapter, ``book/experiments/NAME.toml``."""
+    return Plan.read(BOOK / "experiments" / f"{name}.toml")
+
+
+def presets(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The presets of a plan as `parameters` takes them, and ``published``: the one of which there are records."""
+    return {name: {} for name in ("published", *plan.presets)}
+
+
+def published(plan: Plan, shelf: Store) -> list[Results]:
+    """What there is of each preset but ``quick`` that has records, the one with the most records first."""
+    found = [results(plan.at(preset), shelf) for preset in plan.presets if preset != "quick"]
+    return sorted((f for f in found if f.records), key=lambda f: -len(f.all()))
+
+
+def planned(plan: Plan, settings: SimpleNamespace, shelf: Store) -> Results:
+    """What a store has of a plan, at the preset and with the changes that a chapter was given.
+
+    Args:
+        plan: Of the chapter.
+        settings: From `parameters`. ``data``, ``model``, ``seeds`` and ``epochs`` take the place of the preset's if
+            they are given; ``retrain``, or the preset ``quick``, trains what is missing, with so many ``workers`` on
+            ``device``; ``data_root`` is where the data lie.
+        shelf: The store.
+
+    Raises:
+        FileNotFoundError: If there are no records, or the data are absent.
+    """
+    known = published(plan, shelf)
+    sizes = [f.course.preset for f in known] + [name for name in plan.presets if name != "quick"]
+    preset = sizes[0] if settings.preset == "published" else settings.preset
+    over = {n: value for n in ("data", "model", "seeds", "epochs") if (value := getattr(settings, n))}
+    course = plan.at(preset, **over)
+    if settings.retrain or preset == "quick":
+        how = {"workers": settings.workers or 1, "threads": 1, "device": settings.device}
+        run_plan(course, shelf, root=settings.data_root or None, **how)
+    found = results(course, shelf)
+    if not found.records:
+        raise FileNotFoundError(f"{shelf.root} holds no records of this plan at '{preset}'; pass retrain=True to train")
+    return found
+
+
+def progress(found: Results) -> str:
+    """What is there of a plan, what is missing, and the command that continues, in Markdown."""
+    course, name = found.course, found.course.plan.name
+    done = f"Preset `{course.preset}`: {len(found.all())} networks of {len({*found.keys().values()})} arms"
+    if not found.missing:
+        return f"{done}, all that the plan asks for."
+    begun = [course.labels[arm] for arm in found.missing if arm in found.records]
+    never = [course.labels[arm] for arm in found.missing if arm not in found.records]
+    parts = [f"some seeds of: {'; '.join(begun)}"] * bool(begun) + [f"{len(never)} other arms"] * bool(never)
+    command = f"sdecor run {name} --preset {course.preset} --store data"
+    return f"{done}. Not run yet: {', and '.join(parts)}. This goes on: `{command}`."
 
 
 def records(runs: Iterable[Run], shelf: Store, *, retrain: bool, **settings: Any) -> list[Record]:

@@ -122,5 +122,17 @@ def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> di
     return maps
 
 
+def centre_spot(images: Tensor, *, width: float = 0.25) -> Tensor:
+    """A Gaussian spot at the centre, (B, H, W): photographers put the object there. Its sigma is `width` of the height.
+
+    A control that knows neither the model nor the image.
+    """
+    require_images(images)
+    height, across = images.shape[2:]
+    rows, columns = (torch.arange(n, dtype=images.dtype, device=images.device) - (n - 1) / 2 for n in (height, across))
+    spot = torch.exp(-(rows[:, None].square() + columns.square()) / (2 * (width * height) ** 2))
+    return spot.expand(len(images), -1, -1)
+
+
 def _own(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(recurse=False), module.buffers(recurse=False))

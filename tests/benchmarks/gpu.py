@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sdecor.config import Run
 from sdecor.images import ImageData
@@ -40,12 +41,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Products(TorchDispatchMode):
+    """Counts the operations of convolutions and matrix products; torch's own counter refuses `autograd.grad`."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.number += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def flops(run: Run, data: ImageData, count: int = 32) -> float:
     """Multiply-adds times two of one training step, an image, counted on the CPU."""
     model, x = network(run, SHAPE), data.normalized(slice(0, count))
-    with FlopCounterMode(display=False) as counter:
+    with Products() as products:
         losses(model, x, data.labels[:count], run.objective)["total"].backward(inputs=list(model.parameters()))
-    return counter.get_total_flops() / count
+    return products.number / count
 
 
 SHAPE = {"channels": 3, "num_classes": 10, "image_size": 32}
