@@ -42,7 +42,7 @@ def _commit() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions, commit and date of work done now; for a copy of a checkout ``SDECOR_COMMIT`` says which."""
+    """Device, threads, versions, commit and date of work done now; ``SDECOR_COMMIT`` says which, of a copy."""
     commit = os.environ.get("SDECOR_COMMIT") or _commit()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",

@@ -133,6 +133,19 @@ def test_runs_come_in_order_of_value_and_equal_ones_once(tmp_path: Path) -> None
     }
 
 
+def test_later_trials_come_after_the_final_runs_of_the_others(tmp_path: Path) -> None:
+    arms = {
+        "standard": {},
+        "later": {"method": "noise", "try": {"masked_classification": [1]}, "later": True, "label": "later"},
+        "noise": {},
+    }
+    one, store = course(arms=arms, doses={}), Store(tmp_path)
+    write(store, next(work(one, store))[0].run)
+    listed = [(todo.arm, todo.stage) for todo, _ in work(one, store)]
+    finals = [("standard", "final"), ("noise", "final")] * 2
+    assert listed == [("standard", "trial"), *finals, ("later", "trial")]
+
+
 # --- a budget, with a clock of its own ------------------------------------------------------------------------------
 
 
@@ -319,27 +332,33 @@ def test_claims_are_about_features_that_there_are(tmp_path: Path) -> None:
 def test_prices_are_those_of_runs_of_the_same_size_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, run = Store(tmp_path), Run.of(data="digits", method="noise", epochs=4, evaluate_on="val")
     here: dict[str, Any] = {"device": "CPU (any)", "amp": False, "training_seconds": 8.0, "session_seconds": 11.0}
-    write(store, run.but(seed=1, epochs=2), **{**here, "training_seconds": 2.0, "session_seconds": 3.0})
-    for seed, trained in enumerate((8.0, 8.0, 800.0), start=2):  # a median cares little for one that stood still
-        write(store, run.but(seed=seed), **{**here, "training_seconds": trained, "session_seconds": trained + 3})
-    write(store, run.but(seed=5), **{**here, "training_seconds": 8.0, "session_seconds": 1.0})  # in two sessions
-    others = [{"amp": True}, {"device": "NVIDIA H200"}, {"training_seconds": None}]
-    for seed, other in enumerate(others, start=6):
-        write(store, run.but(seed=seed), **{n: v for n, v in {**here, "training_seconds": 1e6, **other}.items() if v})
-    write(store, run.but(batch_size=9), **{**here, "training_seconds": 1e6})
-    write(store, run.but(limit=9), **{**here, "training_seconds": 1e6})
-    (tmp_path / "results/digits/0123.json").write_text("{")
-    monkeypatch.setattr(planned, "_shape", None)  # so that nothing is tried
     prices = Prices(store, "cpu")
+    monkeypatch.setattr(planned, "_shape", None)  # so that nothing is tried
+    others = [{"amp": True}, {"device": "NVIDIA H200"}, {"training_seconds": None}]
+    for seed, other in enumerate(others):
+        write(store, run.but(seed=seed), **{n: value for n, value in {**here, **other}.items() if value is not None})
+    for size in ({"batch_size": 9}, {"limit": 9}, {"model": "vit"}):
+        write(store, run.but(**size), **here)
+    (tmp_path / "results/digits/0123.json").write_text("{")
+    prices.update()
+    with pytest.raises(TypeError):
+        prices.seconds(run)
+    write(store, run.but(seed=3), **{**here, "session_seconds": 1.0})  # in two sessions
+    prices.update()
+    assert prices.seconds(run) == pytest.approx(4 * 2.0 + 2.0)  # of the rest nothing is known
+    for seed, trained in enumerate((8.0, 8.0, 800.0), start=4):  # a median cares little for one that stood still
+        write(store, run.but(seed=seed), **{**here, "training_seconds": trained, "session_seconds": trained + 3})
+    write(store, run.but(seed=7, epochs=2), **{**here, "training_seconds": 2.0, "session_seconds": 3.0})
     prices.update()
     assert prices.seconds(run) == pytest.approx(4 * 2.0 + 3.0)
     assert prices.seconds(run.but(epochs=10, lr=0.1, seed=9)) == pytest.approx(10 * 2.0 + 3.0)
-    assert prices.seconds(run.but(evaluate_on="test")) == pytest.approx(4 * 2.0 + 6 * 2.0)  # not known yet
+    assert prices.seconds(run.but(evaluate_on="test")) == pytest.approx(4 * 2.0 + 6 * 2.0)
     write(store, run.but(evaluate_on="test"), **{**here, "session_seconds": 58.0})
     prices.update()
     assert prices.seconds(run.but(evaluate_on="test")) == pytest.approx(4 * 2.0 + 50.0)
-    with pytest.raises(TypeError):
-        prices.seconds(run.but(method="standard"))  # of which nothing is known
+    amp = Prices(store, "cpu", amp=True)
+    amp.update()
+    assert amp.seconds(run) == pytest.approx(4 * 2.0 + 3.0)
 
 
 def test_without_records_a_few_steps_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
