@@ -11,12 +11,15 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess, parent_process
 from typing import Any
 
@@ -40,7 +43,6 @@ GRACE = 5.0  # seconds after the budget in which a worker may come to the end of
 PAUSE = 0.5
 EVERY = 20.0  # seconds between calls of what is to be done now and then
 BATCH = 4  # images of a step that is only to show whether it can be taken
-TOLD = 3  # exit code of a worker that has said why
 
 
 class OutOfTime(Exception):
@@ -256,27 +258,36 @@ def run_plan(
         after()
         return
     context = multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
     how: dict[str, Any] = {"root": root, "compiled": compiled, "threads": count, "deadline": deadline}
-    each = [{**how, "device": place} for place in devices(device, workers)]
-    processes = [context.Process(target=_worker, args=(failures, course, store), kwargs=one) for one in each]
-    for p in processes:
-        p.start()
+    processes, ears = [], []
+    for place in devices(device, workers):
+        ear, mouth = context.Pipe(duplex=False)
+        p = context.Process(target=_worker, args=(mouth, course, store), kwargs={**how, "device": place})
+        with _uninterrupted():
+            p.start()
+        mouth.close()
+        processes.append(p)
+        ears.append(ear)
     try:
         check(course, store, root)
         _watch(processes, deadline + GRACE, after)
     finally:
         late = [p for p in processes if p.is_alive()]
-        for p in late:
-            p.kill()  # it loses at most an epoch
+        _end(late)  # they lose at most an epoch
         for p in processes:
             p.join()
         after()
-    if failed := [p for p in processes if p.exitcode and p not in late]:
-        why = [f"exit code {p.exitcode}" for p in failed if p.exitcode != TOLD]
-        while not failures.empty():
-            why.append(failures.get())
-        raise ChildProcessError(f"{len(failed)} of {len(processes)} workers failed: {'; '.join(dict.fromkeys(why))}")
+    pairs = zip(processes, ears, strict=True)
+    if failed := [_last_words(p, ear) for p, ear in pairs if p.exitcode and p not in late]:
+        said = "; ".join(dict.fromkeys(failed))
+        raise ChildProcessError(f"{len(failed)} of {len(processes)} workers failed: {said}")
+
+
+def _last_words(process: BaseProcess, ear: Connection) -> str:
+    try:
+        return str(ear.recv())
+    except EOFError:
+        return f"exit code {process.exitcode}"
 
 
 def _tidy(course: Course, store: Store) -> None:
@@ -297,17 +308,47 @@ def _watch(processes: Sequence[BaseProcess], end: float, after: Callable[[], Non
             last = time.time()
 
 
-def _worker(failures: Any, course: Course, store: Store, **how: Any) -> None:
-    """A process that works; an error is left to the one that started it, with its trace if it was not foreseen."""
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let a process that is started here leave interrupts from the keyboard to this one, from its first moment on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """End processes, within a second or so: those that tidy up first leave no warnings behind."""
+    end = time.time() + 1
+    for p in processes:
+        p.terminate()
+    for p in processes:
+        p.join(max(0.0, end - time.time()))
+        p.kill()
+
+
+def _interrupt(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise KeyboardInterrupt
+
+
+def _worker(mouth: Connection, course: Course, store: Store, **how: Any) -> None:
+    """A process that works, and sends to the one that started it what error it ended with."""
+    try:
+        if parent_process() is not None:
+            signal.signal(signal.SIGTERM, _interrupt)
         _work(course, store, **how)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if not isinstance(error, ValueError | OSError):
-            log.exception("unforeseen")
-        failures.put(f"{error.__class__.__name__}: {error}"[:2000])
-        sys.exit(TOLD)
+            log.exception("not foreseen")
+        mouth.send(f"{type(error).__name__}: {error}"[:2000])
+        sys.exit(1)
 
 
 def _work(

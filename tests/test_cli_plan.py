@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -83,7 +82,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(model: Any, data: Any, **_: Any) -> Any:
         return {"accuracy": evaluate(model, data.subset(64))["accuracy"]}, {}
 
-    context = SimpleNamespace(Process=Process, SimpleQueue=queue.SimpleQueue)
+    context = SimpleNamespace(Process=Process, Pipe=multiprocessing.Pipe)
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(experiment, "measure", measure)
     monkeypatch.setattr(experiment, "exhibit", lambda *_, **__: None)

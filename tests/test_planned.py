@@ -264,8 +264,8 @@ def test_what_a_worker_says_of_its_end(
 ) -> None:
     said: list[str] = []
     for error, code, words, trace in (
-        (FileNotFoundError("no images"), planned.TOLD, ["FileNotFoundError: no images"], False),
-        (RuntimeError("out of memory"), planned.TOLD, ["RuntimeError: out of memory"], True),
+        (FileNotFoundError("no images"), 1, ["FileNotFoundError: no images"], False),
+        (RuntimeError("out of memory"), 1, ["RuntimeError: out of memory"], True),
         (KeyboardInterrupt(), 130, [], False),
     ):
 
@@ -275,7 +275,7 @@ def test_what_a_worker_says_of_its_end(
         monkeypatch.setattr(planned, "execute", fail)
         said.clear(), caplog.clear()
         with pytest.raises(SystemExit) as end:
-            planned._worker(SimpleNamespace(put=said.append), course(), Store(tmp_path), deadline=math.inf)
+            planned._worker(SimpleNamespace(send=said.append), course(), Store(tmp_path), deadline=math.inf)
         assert (end.value.code, said, "Traceback" in caplog.text) == (code, words, trace)
 
 
