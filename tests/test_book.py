@@ -16,7 +16,8 @@ REPORTS = [p for p in CHAPTERS if p in EXPERIMENTS or "\n## What came out\n" in 
 # These train small networks while they run, which on another processor come out a little different; the others read
 # records and weights.
 TRAINING = {"build/objective", "build/training", "build/whitening", "why/masks"}
-NAMED = r"(?:Fig\. \d+|Gini index of 1|, 0 is|tenth|5 %|95 %|CIFAR-10|ResNet-18)"  # numbers that name something and measure nothing
+# Numbers that name something and measure nothing.
+NAMED = r"(?:Fig\. \d+|Gini index of 1|, 0 is|tenth|5 %|95 %|CIFAR-10|ResNet-18)"
 
 
 def prose(source: str) -> str:
