@@ -245,6 +245,7 @@ def test_what_is_refused(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- what it says at once -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_run_imports_is_known() -> None:
     """All of it, and nothing else: run.sh asks for these before it begins."""
     code = """
@@ -284,6 +285,7 @@ def test_an_interpreter_that_will_not_do_is_named_at_once(plan: Path, tmp_path: 
 # --- that it runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_runs_without_checkout_and_network(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:

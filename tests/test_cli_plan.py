@@ -186,6 +186,7 @@ def command(*given: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "sdecor", *given], **how)
 
 
+@pytest.mark.slow
 def test_data_that_are_missing_end_with_one_line(here: Path) -> None:
     (here / "bad.toml").write_text(TEXT.replace('"digits"', '"imagenet10"'))
     run = command("run", "bad", "--preset", "quick", "--store", "there", "--data-root", "none", "--workers", "2")
@@ -195,13 +196,14 @@ def test_data_that_are_missing_end_with_one_line(here: Path) -> None:
     assert out.startswith("0 runs done, 1 to do, and at most 8 ") and out.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(here: Path) -> None:
     """One that is long enough for some trials; final runs, which take seconds of measures here, may be cut off."""
     started = time.time()
-    run = command("run", "tiny", "--preset", "quick", "--store", "there", "--threads", "1", "--budget", "8")
+    run = command("run", "tiny", "--preset", "quick", "--store", "there", "--threads", "1", "--budget", "20")
     out, err = run.communicate()
     assert (run.returncode, err) == (0, "")
-    assert time.time() - started < 8 + 10
+    assert time.time() - started < 20 + 25  # the budget's ten, and the start of Python on a busy machine
     done = list(Store("there").records())
     assert out.startswith(f"{len(done)} runs done, ") and " to do" in out
     shown = call("plan", "tiny", "--preset", "quick", "--store", "there")[0].splitlines()

@@ -183,6 +183,7 @@ def test_nothing_is_begun_that_will_not_finish(costs: list[float], budgets: list
         assert not left and one.count(one.state(planned.accuracy(None))) == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_end_of_the_budget_comes_at_the_end_of_an_epoch(
     fast: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +385,7 @@ def test_without_records_a_few_steps_tell(tmp_path: Path, monkeypatch: pytest.Mo
     assert prices.seconds(run.but(method="noise")) == 0.0  # so it is begun, and breaks down by itself
 
 
+@pytest.mark.slow
 def test_an_estimate_is_near_what_a_run_takes(tmp_path: Path) -> None:
     run = Run.of(data="digits", epochs=12, batch_size=64, evaluate_on="val", method="saliencydecor-absolute")
     threads, store = torch.get_num_threads(), Store(tmp_path)
@@ -497,6 +499,7 @@ def ended(begun: tuple[BaseProcess, Path]) -> tuple[str, float]:
     return end, seconds
 
 
+@pytest.mark.slow
 def test_two_commands_at_once_do_every_run_once(begin: Any, undisturbed: Any, tmp_path: Path) -> None:
     one = course(shared={**TINY["shared"], "model": "dying:counted"})
     store, builds = Store(tmp_path / "store"), tmp_path / "builds"
