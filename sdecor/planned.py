@@ -42,6 +42,7 @@ MARGIN = 1.15  # how much longer than last time a run may take
 GRACE = 5.0  # seconds after the budget in which a worker may come to the end of an epoch
 PAUSE = 0.5
 EVERY = 20.0  # seconds between calls of what is to be done now and then
+FEW, SHORT = 16, 0.5  # images of a first trial step, and seconds below which a whole one is tried
 BATCH = 4  # images of a step that is only to show whether it can be taken
 
 
@@ -227,8 +228,12 @@ class Prices:
                 self._shapes[run.data] = _shape(run, self.store, self.root)
             shape = self._shapes[run.data]
             batch = min(run.schedule.batch_size, shape["images"])
+            how: dict[str, Any] = {"device": self.device, "amp": self.amp}
             with suppress(FloatingPointError):  # of noise: it costs nothing to see whether images do better
-                took = _step(run, shape, batch, steps=2, epochs=self._epochs, device=self.device, amp=self.amp)
+                few = min(batch, FEW)
+                took = _step(run, shape, few, epochs=2, **how) * batch / few
+                if took < SHORT or self.device != "cpu":  # else the time grows with the images, and need not be spent
+                    took = _step(run, shape, batch, steps=2, epochs=self._epochs, **how)
                 self._guesses[key] = took * (shape["images"] // batch)
         return self._guesses.setdefault(key, 0.0)
 

@@ -175,15 +175,10 @@ def fit(
     steps = max(len(train) // plan.batch_size, 1)
     how: dict[str, Any] = {"shuffle": True, "augment": plan.augment, "drop_last": len(train) >= plan.batch_size}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
-        if where.type == "cuda":
-            stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-            torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        stack.enter_context(_own_state(where))
         features = stack.enter_context(capture(model, layers_of(model, objective)))
         forward = stack.enter_context(_compiled(model)) if compiled else model
-        hidden = None if progress is None else not progress
-        bar = tqdm(total=plan.epochs * steps, initial=done * steps, unit="step", leave=False, disable=hidden)
-        stack.enter_context(bar)
+        bar = stack.enter_context(_bar(done * steps, plan.epochs * steps, progress))
         order, noise, saved = torch.Generator(where), torch.Generator(where), time.perf_counter()
         step = _stepper(forward, objective, optimizer, plan.clip, features=features, generator=noise, amp=amp)
         train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
@@ -251,6 +246,23 @@ def _rate(optimizer: torch.optim.Optimizer, where: torch.device) -> Callable[[fl
         return lambda rate: group.update(lr=rate)
     group["lr"] = torch.tensor(float(group["lr"]), device=where)
     return lambda rate: group["lr"].fill_(rate)
+
+
+@contextmanager
+def _own_state(where: torch.device) -> Iterator[None]:
+    """Leave torch's global draws as they were, and let cuDNN choose its kernels by trial: all steps have one shape."""
+    chosen = torch.backends.cudnn.benchmark
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.backends.cudnn.benchmark = chosen or where.type == "cuda"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = chosen
+
+
+def _bar(done: int, steps: int, progress: bool | None) -> tqdm[Any]:
+    hidden = None if progress is None else not progress
+    return tqdm(total=steps, initial=done, unit="step", leave=False, disable=hidden)
 
 
 @contextmanager

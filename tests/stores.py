@@ -9,6 +9,20 @@ from sdecor.config import Run
 from sdecor.store import Record, Store
 
 TINY: dict[str, Any] = {"data": "digits", "evaluate_on": "val", "limit": 96, "epochs": 2, "batch_size": 48}
+#: A plan of one arm on pictures that are made, in TOML: what follows goes on from its arms.
+SHAPES = """
+[shared]
+data = "shapes"
+data_options = { samples = 40 }
+model = "lenet"
+epochs = 1
+batch_size = 20
+
+[choice]
+price = 0.01
+
+[arms.standard]
+"""
 ONE = Run.of(method="saliencydecor-absolute", **TINY)
 
 

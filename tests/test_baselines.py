@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import flags, linear
+from networks import Compiled, flags, linear
 from stores import TINY
 from test_objective import Smooth, batch, gradients, hooks, lenet, noise, same
 from torch import Tensor, nn
@@ -346,21 +346,10 @@ def test_hooks_go_whatever_happens_and_errors_name_the_layer() -> None:
 
 def test_a_compiled_model_is_whitened_too() -> None:
     model, (x, _) = lenet(), batch()
-
-    class Compiled(nn.Module):
-        """Names its modules as `torch.compile` does."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._orig_mod = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self._orig_mod(x)
-
     with whitened_on_the_way(model, ("conv2",), 16):
         expected = model(x)
-    with whitened_on_the_way(Compiled(), ("conv2",), 16):
-        assert torch.equal(Compiled()(x), expected)
+    with whitened_on_the_way(Compiled(model), ("conv2",), 16):
+        assert torch.equal(Compiled(model)(x), expected)
     assert not torch.allclose(model(x), expected)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from stores import SHAPES
 from test_cli import call, refused
 
 from sdecor.bundle import IMPORTS
@@ -28,23 +29,12 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="run.sh is for a shell"),
     pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
-PLAN = """
-[shared]
-model = "lenet"
-epochs = 1
-batch_size = 20
-
-[choice]
-price = 0.01
-
-[arms.standard]
-
+PLAN = f"""{SHAPES}
 [presets.quick]
-data = "shapes"
-data_options = { samples = 40 }
 seeds = 1
 [presets.real]
 data = "mnist"
+data_options = {{}}
 """
 # A file of one's own, which run.sh has read: it says which module is there, and whether anything can be reached.
 OWN = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import Compiled
 from test_objective import batch, both, hooks, lenet, noise
 from torch import Tensor, nn
 
@@ -31,18 +32,7 @@ def test_an_open_capture_is_used_and_kept() -> None:
         for _ in range(2):
             assert torch.equal(losses(model, x, y, o, generator=noise(), features=features)["total"], expected)
         assert hooks(model) == 2
-
-        class Compiled(nn.Module):
-            """Names its modules as `torch.compile` does."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self._orig_mod = model
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self._orig_mod(x)
-
-        assert torch.equal(losses(Compiled(), x, y, o, generator=noise(), features=features)["total"], expected)
+        assert torch.equal(losses(Compiled(model), x, y, o, generator=noise(), features=features)["total"], expected)
 
 
 def test_features_that_nobody_asked_to_keep() -> None:

@@ -363,20 +363,23 @@ def test_prices_are_those_of_runs_of_the_same_size_here(tmp_path: Path, monkeypa
 
 
 def test_without_records_a_few_steps_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an epoch of 3 full batches a third is tried, and so often that once is enough."""
+    """A few images first; if all of a batch would be quick, two whole steps, so often that once is enough."""
     run = Run.of(data="digits", limit=100, batch_size=32, epochs=7, evaluate_on="val", lr=1e30)
     tried: list[Any] = []
+    an_image = 0.01
 
     def fit(model: Any, data: Any, objective: Any, schedule: Any, **how: Any) -> Any:
         tried.append((len(data), schedule.batch_size, schedule.epochs, schedule.lr, how["device"], how["amp"]))
-        return SimpleNamespace(seconds=[9.0, 4.0, 5.0])
+        return SimpleNamespace(seconds=[9 * an_image * len(data), an_image * len(data)])
 
     monkeypatch.setattr(planned, "fit", fit)
     prices = Prices(Store(tmp_path), "cpu", amp=True)
-    assert prices.seconds(run) == prices.seconds(run.but(seed=3, lr=0.1)) == pytest.approx((7 + 1) * 3 * 2.0)
-    assert tried == [(64, 32, 3, 1e-9, "cpu", True)]
-    small = run.but(batch_size=512)
-    assert prices.seconds(small) == pytest.approx((7 + 1) * 2.0) and tried[1][:2] == (200, 100)
+    expected = (7 + 1) * 3 * 32 * an_image
+    assert prices.seconds(run) == prices.seconds(run.but(seed=3, lr=0.1)) == pytest.approx(expected)
+    assert tried == [(16, 16, 2, 1e-9, "cpu", True), (64, 32, 3, 1e-9, "cpu", True)]
+    an_image = 0.1  # a whole batch would take its time, so that of the few is scaled
+    assert prices.seconds(run.but(batch_size=512)) == pytest.approx((7 + 1) * 100 * an_image)
+    assert [images for images, *_ in tried[2:]] == [16]
 
     def broken(*_: Any, **__: Any) -> None:
         raise FloatingPointError("loss became inf")

@@ -13,22 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stores import SHAPES
 
 pytestmark = pytest.mark.slow
-PLAN = """
-[shared]
-data = "shapes"
-data_options = { samples = 40 }
-model = "lenet"
-epochs = 1
-batch_size = 20
-
-[choice]
-price = 0.01
-
-[arms.standard]
+PLAN = f"""{SHAPES}
 [arms.decorrelation]
-try = { decorrelation = [0.3, 1.0] }
+try = {{ decorrelation = [0.3, 1.0] }}
 
 [presets.quick]
 seeds = 1

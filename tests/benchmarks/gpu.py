@@ -15,6 +15,7 @@ import statistics
 import time
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--widths", default="32,64")
     parser.add_argument("--batch-size", type=int, default=0, help="512 on a GPU, 32 without")
     parser.add_argument("--steps", type=int, default=0, help="an epoch; 30 on a GPU, 2 without")
-    parser.add_argument("--json", default="", help="file for the rows")
+    parser.add_argument("--csv", default="", help="file for the rows, as `data/gpu.csv` has them")
     return parser.parse_args()
 
 
@@ -80,6 +81,20 @@ def kernels(run: Run, data: ImageData, device: str, **how: Any) -> float:
     return spent / 1e6 / (len(data) // run.schedule.batch_size * run.schedule.epochs)
 
 
+def columns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a reader wants it."""
+    shares = {"share of peak, %": row.get("share_of_peak"), "in kernels, %": row.get("in_kernels")}
+    return {
+        "width": row["width"],
+        "method": METHODS[row["method"]].title,
+        "images a second": row.get("images_per_second"),
+        "step, ms": row.get("milliseconds"),
+        "without graph, ms": row.get("eager_milliseconds"),
+        "time of standard": row.get("ratio"),
+        **{name: None if share is None else round(100 * share, 1) for name, share in shares.items()},
+    }
+
+
 def main() -> None:
     given = arguments()
     device = device_of(given.device)
@@ -120,9 +135,8 @@ def main() -> None:
                 row["error"] = f"{type(error).__name__}: {error}"[:300]
             print(json.dumps(row), flush=True)
             rows.append(row)
-    if given.json:
-        with open(given.json, "w", encoding="utf-8") as file:
-            json.dump({"device": name, "torch": torch.__version__, "batch_size": batch, "rows": rows}, file, indent=1)
+    if given.csv:
+        pd.DataFrame([columns(row) for row in rows]).to_csv(given.csv, index=False)
     if ratios := [row["ratio"] for row in rows if row["method"] == "saliencydecor-absolute" and "ratio" in row]:
         print(f"SaliencyDecor takes {statistics.median(ratios):.2f} times the time of standard training (floor 2.33)")
 
