@@ -46,6 +46,8 @@ _ENDS = ("mean", "low", "high")
 _LEVEL = 0.05
 _CLAIMED = ["name", "text", "measure", "direction", "arm", "reference", "method", "n", "seeds", *_ENDS]
 _CLAIMED += ["p", "p_holm", "p_equivalent", "smallest"]
+_MARKS = "osD^v"
+_COLOURS = {"holds": "#007e5c", "does not hold": "#b34a00", "cannot tell": "0.35"}
 _SIGNS = {"higher": "+", "lower": "-", "equal": "±"}
 
 
@@ -392,6 +394,41 @@ def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> F
         ax.set_title(_wrapped(_directed(measure, heading), 26), fontsize=11)
     axes[0, 0].set_yticks(range(len(names)), lines, fontsize=10)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def verdict_figure(verdicts: Mapping[str, pd.DataFrame]) -> Figure:
+    """What `verdict` gave, as a picture: a row a claim, and in it a dot with its 95 % interval for each of the tables.
+
+    The unit is the smallest difference that matters, and right is what is claimed: a dot beyond 1 is an effect that
+    matters, the grey band is where none does. The verdict stands beside its dot, and has its colour.
+    """
+    import matplotlib.pyplot as plt
+
+    texts = {name: text for table in verdicts.values() for name, text in zip(table["name"], table["text"], strict=True)}
+    lines = {name: _wrapped(text, 28) for name, text in texts.items()}
+    tall = max(0.2 * len(verdicts), *(0.16 * (line.count("\n") + 1) for line in lines.values())) + 0.14
+    figure, ax = plt.subplots(figsize=(6.1, 0.9 + tall * len(lines)), layout="constrained")
+    ax.axvspan(-1, 1, color="0.93", zorder=0)
+    ax.axvline(0, color="0.35", linewidth=1)
+    for place, (title, table) in enumerate(verdicts.items()):
+        offset = 0.2 * (place - (len(verdicts) - 1) / 2) / tall
+        for row in table.to_dict("records"):
+            y, colour = list(lines).index(row["name"]) + offset, _COLOURS[row["verdict"]]
+            said = row["verdict"] if row["n"] else "not run"
+            ax.text(1.02, y, said, color=colour, fontsize=9, va="center", transform=ax.get_yaxis_transform())
+            unit = -row["smallest"] if row["direction"] == "lower" else row["smallest"]
+            if row["n"] > 1:
+                ax.plot([row["low"] / unit, row["high"] / unit], [y, y], color=colour, linewidth=2)
+            ax.plot(row["mean"] / unit, y, _MARKS[place % len(_MARKS)], color=colour, markersize=6)
+        ax.plot([], [], _MARKS[place % len(_MARKS)], color="0.35", label=title)
+    ax.set_yticks(range(len(lines)), lines.values(), fontsize=10)
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+    ax.tick_params(labelsize=10)
+    ax.set_xlabel("effect, in units of the smallest that matters", fontsize=10)
+    if len(verdicts) > 1:
+        figure.legend(loc="outside lower center", ncols=len(verdicts), fontsize=10, frameon=False)
     return figure
 
 

@@ -266,6 +266,29 @@ def test_claims_that_share_a_name() -> None:
         report.verdict(moved([4, 5, 6]), [claim(), claim("lower")])
 
 
+def test_the_picture_of_the_verdicts() -> None:
+    three = [claim(d, 2.0, name=d, text=f"It is {d}.") for d in ("higher", "lower", "equal")]
+    sizes = {"small": moved([4.75, 5, 5.25]), "one seed": moved([-3])}
+    later = claim(name="later", text="It comes later.", arm="later")
+    tables = {n: report.verdict(f, [*three, later], {m: m for m in ("noise", "standard")}) for n, f in sizes.items()}
+    ax = report.verdict_figure(tables).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [*(c.text for c in three), later.text]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first claim is at the top"
+    assert [t.get_text() for t in ax.texts] == [YES, NO, NO, "not run", *[OPEN] * 3, "not run"]
+    places = [t.get_position()[1] for t in ax.texts]
+    assert all(p < row < q and q - p < 0.5 for row, (p, q) in enumerate(zip(places[:4], places[4:], strict=True)))
+    for marker, mean in (("o", 5), ("s", -3)):
+        dots = [line for line in ax.lines if line.get_marker() == marker and len(line.get_xdata())]
+        assert [d.get_xdata()[0] for d in dots if d.get_xdata()[0] == d.get_xdata()[0]] == [mean / 2, -mean / 2, mean / 2]
+    bars = [line for line in ax.lines if line.get_marker() == "None"][1:]
+    half = stats.t.ppf(0.975, 2) * 0.25 / math.sqrt(3) / 2
+    assert len(bars) == 3, "one seed has no interval"
+    assert [sorted(b.get_xdata()) for b in bars] == [pytest.approx([m - half, m + half]) for m in (2.5, -2.5, 2.5)]
+    assert [t.get_text() for t in ax.figure.legends[0].get_texts()] == ["small", "one seed"]
+    assert not report.verdict_figure({"small": tables["small"]}).legends
+    plt.close("all")
+
+
 # --- properties -----------------------------------------------------------------------------------------------------
 
 DIRECTIONS = st.sampled_from(["higher", "lower", "equal"])
