@@ -116,7 +116,7 @@ def measure(
     for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
         for name, value in evaluate(case, rest).items():
             per_image[name].append(value)
-    if thorough and data.num_classes >= CELLS and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules()):
+    if thorough and plays(model, data.num_classes):
         per_image["grid_pointing_game"].append(grid_pointing_game(model, data.subset(MOST), seed=seed))
     means = {name: float(torch.cat(parts).double().nanmean()) for name, parts in per_image.items()}
     of = {f"{k}_{name}": float(function(s)) for name, s in statistics.items() for k, function in _FEATURES.items()}
@@ -143,6 +143,11 @@ def _add_curves(
         for order in ("most", "random"):
             kept = faithfulness.perturbation_curve(model, x, y, case["saliency"], fill=new, order=order, **how)
             curves[f"masked_{fill}_{order}"].append(kept)
+
+
+def plays(model: nn.Module, classes: int) -> bool:
+    """Whether a model can play the grid pointing game: it takes images of any size, and there are enough classes."""
+    return classes >= CELLS and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules())
 
 
 def grid_pointing_game(

@@ -16,25 +16,29 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess, parent_process
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdecor.choice import Trial
 from sdecor.config import Run
+from sdecor.evaluation import CELLS, plays
 from sdecor.experiment import devices, execute
 from sdecor.images import ImageData
+from sdecor.measures.case import needs
 from sdecor.models import default_layers
 from sdecor.plan import OF_LAYERS, Course, State, within
 from sdecor.prepare import data_of, without_removal
-from sdecor.registers import OneOf
+from sdecor.registers import MEASURES, OneOf
 from sdecor.store import SHAPE, Record, Store, network
-from sdecor.training import History, device_of, fit
+from sdecor.training import History, device_of, epochs_done, fit
 
 Root = str | os.PathLike[str] | None
 log = logging.getLogger("sdecor")
@@ -44,6 +48,7 @@ PAUSE = 0.5
 EVERY = 20.0  # seconds between calls of what is to be done now and then
 FEW, SHORT = 16, 0.5  # images of a first trial step, and seconds below which a whole one is tried
 BATCH = 4  # images of a step that is only to show whether it can be taken
+FAILURES = 3  # of runs, after which a worker takes it that nothing works
 
 
 class OutOfTime(Exception):
@@ -58,7 +63,9 @@ def accuracy(store: Store) -> Callable[[Run], float | None]:
         if known.get(run.key) is None:
             record = store.record(run)
             broke = -math.inf if record is None and store.failure(run) else None
-            known[run.key] = broke if record is None else record.metrics["accuracy"]
+            known[run.key] = broke if record is None else record.metrics.get("accuracy", math.nan)
+            if known[run.key] != known[run.key]:
+                raise ValueError(f"the record of run {run.key} in {store.root} has no accuracy to choose by; remove it")
         return known[run.key]
 
     return of
@@ -95,10 +102,15 @@ class Results:
     chosen: dict[str, Run]  #: Arm to the trial that was chosen.
     records: dict[str, list[Record]]  #: Arm to the records of its seeds, as far as they are done.
     missing: dict[str, int]  #: Arm to the number of seeds that are not, where there are some.
+    broken: dict[str, int]  #: Arm to the number of seeds that broke down, where there are some.
 
     def all(self) -> list[Record]:
         """The records of all arms, each once."""
         return list({r.run.key: r for rs in self.records.values() for r in rs}.values())
+
+    def seeds(self) -> dict[str, int]:
+        """Arm to the number of seeds that the plan asks for."""
+        return {name: self.course.seeds_of(arm) for name, arm in self.course.arms.items()}
 
     def keys(self) -> dict[str, str]:
         """Arm to the key of its run with seed 0, of arms with records: see `sdecor.report.verdict`."""
@@ -115,18 +127,24 @@ def results(course: Course, store: Store) -> Results:
     state = course.state(of)
     tried = {arm: [Trial(run, a) for run in runs if (a := of(run)) is not None] for arm, runs in state.trials.items()}
     records: dict[str, list[Record]] = {}
+    broken: Counter[str] = Counter()
     for arm, run in course.final(state):
         if (record := store.record(run)) is not None:
             records.setdefault(arm.name, []).append(record)
-    left = {name: course.seeds_of(arm) - len(records.get(name, ())) for name, arm in course.arms.items()}
-    missing = {name: n for name, n in left.items() if n}
-    return Results(course, {n: t for n, t in tried.items() if t}, dict(state.chosen), records, missing)
+        elif store.failure(run):
+            broken[arm.name] += 1
+    for name in state.lost:
+        broken[name] = course.seeds_of(course.arms[name])
+    out = Results(course, {n: t for n, t in tried.items() if t}, dict(state.chosen), records, {}, dict(broken))
+    left = {name: n - len(records.get(name, ())) - broken[name] for name, n in out.seeds().items()}
+    return replace(out, missing={name: n for name, n in left.items() if n})
 
 
 def _shape(run: Run, store: Store, root: Root) -> dict[str, int]:
-    """What a network is built for, and the number of training images."""
+    """What a network is built for, the number of training images, and whether there are masks of objects."""
     data = data_of(without_removal(run), store, "train", root=root)
-    return {**{name: getattr(data, name) for name in SHAPE}, "images": len(data)}
+    about = {"images": len(data), "masks": data.object_masks is not None}
+    return {**{name: getattr(data, name) for name in SHAPE}, **about}
 
 
 def _step(run: Run, shape: Mapping[str, int], batch: int, steps: int = 1, epochs: int = 1, **how: Any) -> float:
@@ -141,7 +159,8 @@ def check(course: Course, store: Store, root: Root = None) -> None:
     """Take a step of every arm, on noise, so that what the data or a network make impossible is named at once.
 
     Raises:
-        ValueError: If an arm cannot be trained, or a claim is about features that its networks do not have.
+        ValueError: If an arm cannot be trained, or a claim is about what its records will not hold: features that its
+            networks do not have, masks that the data do not, or a game that the networks do not play.
         FileNotFoundError: If the data are absent.
     """
     shapes: dict[Any, dict[str, int]] = {}
@@ -172,12 +191,20 @@ def _check_step(run: Run, shape: Mapping[str, int]) -> None:
 
 
 def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) -> None:
-    claims = [claim for claim in course.claims if arm in (claim.arm, claim.against)]
-    if of_layers := [claim for claim in claims if claim.measure.startswith(OF_LAYERS)]:
-        layers = run.objective.settings.get("layers") or default_layers(network(run, shape))
-        known = [f"{measure}_{layer}" for measure in OF_LAYERS for layer in layers]
-        for claim in of_layers:
-            OneOf(known).check(f"measure of claim '{claim.name}'", claim.measure)
+    if not (claims := [claim for claim in course.claims if arm in (claim.arm, claim.against)]):
+        return
+    model = network(run, shape)
+    layers = run.objective.settings.get("layers") or default_layers(model)
+    known = [f"{measure}_{layer}" for measure in OF_LAYERS for layer in layers]
+    for claim in claims:
+        what = f"measure of claim '{claim.name}'"
+        if claim.measure.startswith(OF_LAYERS):
+            OneOf(known).check(what, claim.measure)
+        elif claim.measure == "grid_pointing_game" and not plays(model, shape["num_classes"]):
+            need = f"average over positions and {CELLS} classes or more"
+            raise ValueError(f"{what}: grid_pointing_game needs networks with an {need}, not '{run.model.name}'")
+        elif claim.measure in MEASURES and "mask" in needs(claim.measure) and not shape["masks"]:
+            raise ValueError(f"{what}: {claim.measure} needs masks of objects, and '{run.data.name}' has none")
 
 
 class Prices:
@@ -190,6 +217,7 @@ class Prices:
         self._read: set[str] = set()
         self._times: dict[Any, list[float]] = {}
         self._guesses: dict[Any, float] = {}
+        self._begun: dict[tuple[Path, int], int] = {}
         self._shapes: dict[Any, dict[str, int]] = {}
 
     def update(self) -> None:
@@ -214,11 +242,20 @@ class Prices:
         return run.data, run.model, run.schedule.batch_size
 
     def seconds(self, run: Run) -> float:
-        """How long all of a run takes."""
+        """How long a run takes, without the epochs that are behind it."""
         method, kind = (run.method, *self._size(run)), (run.thorough, *self._size(run))
         epoch = statistics.median(self._times[method]) if method in self._times else self._guess(run)
         rest = statistics.median(self._times[kind]) if kind in self._times else (6 if run.thorough else 1) * epoch
-        return run.schedule.epochs * epoch + rest
+        return (run.schedule.epochs - self._done(self.store.checkpoint(run))) * epoch + rest
+
+    def _done(self, checkpoint: Path) -> int:
+        """Epochs that an unfinished run has behind it."""
+        with suppress(FileNotFoundError):  # it may be finished any moment
+            state = checkpoint, checkpoint.stat().st_mtime_ns
+            if state not in self._begun:
+                self._begun[state] = epochs_done(checkpoint)
+            return self._begun[state]
+        return 0
 
     def _guess(self, run: Run) -> float:
         """Seconds of an epoch, by those of a few steps."""
@@ -229,7 +266,7 @@ class Prices:
             shape = self._shapes[run.data]
             batch = min(run.schedule.batch_size, shape["images"])
             how: dict[str, Any] = {"device": self.device, "amp": self.amp}
-            with suppress(FloatingPointError):  # of noise: it costs nothing to see whether images do better
+            with suppress(FloatingPointError, RuntimeError):  # it costs nothing to see what becomes of images
                 few = min(batch, FEW)
                 took = _step(run, shape, few, epochs=2, **how) * batch / few
                 if took < SHORT or self.device != "cpu":  # else the time grows with the images, and need not be spent
@@ -253,14 +290,16 @@ def run_plan(
     """Work through a plan with so many processes, for at most `budget` seconds and `GRACE` more.
 
     Several workers share one GPU, or take several in turn, and have one CPU thread each unless `threads` says
-    otherwise. `after` is called now and then in this process, and at the end. What `check` raises ends everything at
-    once. If a worker fails, the others go on, and ChildProcessError says why at the end.
+    otherwise. `after` is called in this process, first, now and then, and at the end; an OSError of it ends the work
+    only if it comes first or last. What `check` raises ends everything at once; if it takes longer than the budget, so
+    does this. A run that fails is left for another time, and after some of them the worker gives up; the others go on,
+    and ChildProcessError says why at the end.
     """
-    deadline = time.time() + budget
-    count = threads or (1 if workers > 1 or device_of(device).type == "cuda" else None)
+    deadline, where = time.time() + budget, device_of(device)
+    count = threads or (1 if workers > 1 or where.type == "cuda" else None)
     _tidy(course, store)
+    after()
     if all(ready for _, ready in work(course, store)):
-        after()
         return
     context = multiprocessing.get_context("spawn")
     how: dict[str, Any] = {"root": root, "compiled": compiled, "threads": count, "deadline": deadline}
@@ -278,7 +317,7 @@ def run_plan(
         _watch(processes, deadline + GRACE, after)
     finally:
         late = [p for p in processes if p.is_alive()]
-        _end(late)  # they lose at most an epoch
+        _end(late)  # they lose an epoch, on a GPU those of five seconds
         for p in processes:
             p.join()
         after()
@@ -309,7 +348,10 @@ def _watch(processes: Sequence[BaseProcess], end: float, after: Callable[[], Non
     while (alive := [p for p in processes if p.is_alive()]) and time.time() < end:
         alive[0].join(PAUSE)
         if time.time() - last > EVERY:
-            after()
+            try:
+                after()
+            except OSError as error:  # such as a full disk: no reason to lose what is under way
+                log.warning("%s", error)
             last = time.time()
 
 
@@ -346,24 +388,31 @@ def _worker(mouth: Connection, course: Course, store: Store, **how: Any) -> None
     try:
         if parent_process() is not None:
             signal.signal(signal.SIGTERM, _interrupt)
-        _work(course, store, **how)
+        failed = _work(course, store, **how)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, ValueError | OSError):
-            log.exception("not foreseen")
-        mouth.send(f"{type(error).__name__}: {error}"[:2000])
+        failed = [_said(error)]
+    if failed:
+        mouth.send("; ".join(failed)[:2000])
         sys.exit(1)
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, ValueError | OSError):
+        log.error("not foreseen", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _work(
     course: Course, store: Store, *, device: str = "cpu", threads: int | None = None, deadline: float, **how: Any
-) -> None:
-    """Do what is next, again and again, until nothing is left that will be done in time."""
+) -> list[str]:
+    """Do what is next, again and again, until nothing is left that will be done in time; which runs failed, and why."""
     if threads is not None:
         torch.set_num_threads(threads)
     prices, known, parent = Prices(store, device, course.amp, how.get("root")), accuracy(store), parent_process()
     done: set[str] = set()
+    failed: list[str] = []
     how |= {"device": device, "amp": course.amp, "progress": False}
 
     def over() -> bool:
@@ -386,9 +435,14 @@ def _work(
             store.checkpoint(todo.run).unlink(missing_ok=True)
             store.fail(todo.run, str(error))
             return True
+        except (OutOfTime, OSError):
+            raise
+        except Exception as error:  # such as too little memory: others may do better
+            failed.append(f"{todo.stage} of arm '{todo.arm}', {_said(error)}")
+            return True
 
     with suppress(OutOfTime):
-        while not over():
+        while not over() and len(failed) < FAILURES:
             prices.update()
             waiting = False
             for todo in [t for t, ready in work(course, store, course.state(known)) if not ready]:
@@ -399,8 +453,9 @@ def _work(
                         break
             else:
                 if not waiting:
-                    return
+                    break
                 time.sleep(PAUSE)  # what others are at may make more known
+    return failed
 
 
 def seconds_left(course: Course, store: Store, prices: Prices) -> tuple[float, int]:

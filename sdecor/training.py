@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +85,39 @@ class _Sums:
             curves[name].append(value)
 
 
-def _save(path: Path, description: str, history: History, **parts: Any) -> None:
+def _save(path: Path | None, description: str, history: History, **parts: Any) -> None:
     """Write a checkpoint: SHA-256 of what follows (torch checks none of its own), then what ``torch.save`` makes."""
+    if path is None:
+        return
     buffer, state = io.BytesIO(), {name: part.state_dict() for name, part in parts.items()}
     torch.save({"description": description, "history": vars(history), **state}, buffer)
     content = buffer.getvalue()
     replace_atomically(path, lambda f: f.write(hashlib.sha256(content).digest() + content))
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, None if it is damaged."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    return state
+
+
+def epochs_done(checkpoint: Path) -> int:
+    """How many epochs a training that goes on from this file has behind it."""
+    state = _read(checkpoint)
+    return 0 if state is None else len(state["history"]["seconds"])
+
+
 def _resume(path: Path | None, description: str, history: History, **parts: Any) -> int:
     """Take up what an earlier `fit` left; the number of epochs done. A damaged file is set aside and said so."""
     if path is None or not path.exists():
         return 0
-    content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
+    if (state := _read(path)) is None:
         aside = set_aside(path).name
         log.warning("checkpoint %s is truncated or corrupt; set aside as %s, training starts over", path, aside)
         return 0
-    state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     if state["description"] != description:
         raise ValueError(f"checkpoint {path} is of another run, {state['description']}; delete it or name another file")
     for name, part in parts.items():
@@ -150,12 +166,12 @@ def fit(
         device: See `device_of`.
         validation: Images whose accuracy is measured after each epoch.
         checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so.
-        spare: Seconds of work that are not worth a checkpoint: epochs that are shorter share one.
+        spare: Seconds of work that a kill may cost besides an epoch: shorter epochs share a checkpoint.
         amp: bfloat16 autocast; whitening and all losses stay in float32.
         compiled: Run the model through ``torch.compile``.
         graph: On a GPU, replay the step as a CUDA graph, unless the model is compiled.
         progress: Show a bar; None shows it on a terminal only.
-        after_epoch: Called with the number of finished epochs and the history.
+        after_epoch: Called with the number of finished epochs and the history. If it raises, these are kept.
 
     Raises:
         ValueError: If anything does not fit: images, device, layers, labels, or a `checkpoint` of other settings.
@@ -169,7 +185,9 @@ def fit(
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so, on CPUs too
     optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad], where)
     history = History({name: [] for name in (*objective.terms, "total")})
-    done = _resume(checkpoint, description, history, model=model, optimizer=optimizer)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    done = _resume(checkpoint, description, history, **parts)
+    save = partial(_save, checkpoint, description, history, **parts)
     rate = _rate(optimizer, where)
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
@@ -199,11 +217,16 @@ def fit(
                 history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
             history.seconds.append(time.perf_counter() - started)
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
-            if checkpoint is not None and time.perf_counter() - saved >= spare:
-                _save(checkpoint, description, history, model=model, optimizer=optimizer)
+            if due := time.perf_counter() - saved >= spare:
+                save()
                 saved = time.perf_counter()
-            if after_epoch is not None:
-                after_epoch(epoch + 1, history)
+            try:
+                if after_epoch is not None:
+                    after_epoch(epoch + 1, history)
+            except BaseException:
+                if not due:
+                    save()
+                raise
     return history
 
 
@@ -307,4 +330,4 @@ def evaluate(
     return {"accuracy": right / len(data), "cross_entropy": loss / len(data)}
 
 
-__all__ = ["History", "Objective", "Schedule", "device_of", "evaluate", "fit"]
+__all__ = ["History", "Objective", "Schedule", "device_of", "epochs_done", "evaluate", "fit"]

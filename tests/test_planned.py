@@ -220,7 +220,8 @@ def test_a_run_that_breaks_down_is_noted_and_left_out(
     assert any(message.startswith("final of arm 'wild' broke down: loss term ") for message in caplog.messages)
     found = results(one, store)
     assert dict(found.chosen["decorrelation"].weights)["decorrelation"] == 1.0
-    assert found.records.keys() == {"standard", "noise", "decorrelation"} and found.missing == {"wild": 2}
+    assert found.records.keys() == {"standard", "noise", "decorrelation"}
+    assert found.broken == {"wild": 2} and found.missing == {} and set(found.seeds().values()) == {2}
     assert not [name for name in files(store) if name.startswith("unfinished")]
     monkeypatch.setattr(planned, "execute", None)
     begin_and_end(one, store)  # nothing is tried again
@@ -237,6 +238,38 @@ def test_of_a_run_that_breaks_down_late_no_checkpoint_is_left(tmp_path: Path, mo
     begin_and_end(one, store)
     [trial] = one.state(accuracy(store)).trials["standard"]
     assert files(store) == [f"failed/digits/{trial.key}.txt"] and store.failure(trial) == "loss became nan"
+
+
+def test_a_run_that_fails_is_left_and_the_others_are_done(
+    fast: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails for another reason is for another time."""
+    arms = {"standard": {}, "noise": {}, "decorrelation": {}}
+    one, store, fit = course(arms=arms, doses={}), Store(tmp_path), experiment.fit
+
+    def greedy(model: Any, train: Any, objective: Any, *rest: Any, **how: Any) -> Any:
+        if "masked_classification" in objective.weights:
+            raise torch.OutOfMemoryError("it is too large")
+        return fit(model, train, objective, *rest, **how)
+
+    monkeypatch.setattr(experiment, "fit", greedy)
+    failed = planned._work(one, store, deadline=math.inf)
+    assert failed == ["final of arm 'noise', OutOfMemoryError: it is too large"] * 2
+    assert {todo.arm for todo, done in work(one, store) if not done} == {"noise"}
+    assert results(one, store).missing == {"noise": 2} and not (tmp_path / "failed").exists()
+    monkeypatch.setattr(planned, "FAILURES", 1)
+    assert len(planned._work(one, store, deadline=math.inf)) == 1  # then nothing works, it seems
+    monkeypatch.undo()
+    monkeypatch.setattr(planned, "execute", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        planned._work(one, store, deadline=math.inf)
+
+
+def test_a_record_without_accuracy_is_no_choice(tmp_path: Path) -> None:
+    one, store = course(), Store(tmp_path)
+    store.write(Record(next(work(one, store))[0].run, {"gini": 0.5}, {}, SHAPE, {}, ""))
+    with pytest.raises(ValueError, match="has no accuracy to choose by; remove it"):
+        list(work(one, store))
 
 
 def test_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +299,7 @@ def test_what_a_worker_says_of_its_end(
     said: list[str] = []
     for error, code, words, trace in (
         (FileNotFoundError("no images"), 1, ["FileNotFoundError: no images"], False),
-        (RuntimeError("out of memory"), 1, ["RuntimeError: out of memory"], True),
+        (RuntimeError("out of memory"), 1, ["trial of arm 'standard', RuntimeError: out of memory"], True),
         (KeyboardInterrupt(), 130, [], False),
     ):
 
@@ -327,6 +360,23 @@ def test_claims_are_about_features_that_there_are(tmp_path: Path) -> None:
     check(course(), Store(tmp_path))
 
 
+def test_claims_are_about_what_records_will_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = {"name": "a", "text": "b", "arm": "noise", "against": "standard", "direction": "lower", "smallest": 0.1}
+    shapes = {"data": "shapes", "data_options": {"samples": 80}, "model": "cnn_small", "batch_size": 40}
+
+    def checked(measure: str, **shared: Any) -> None:
+        arms, claims = {"standard": {}, "noise": {}}, [{**claim, "measure": measure}]
+        check(course(arms=arms, doses={}, claims=claims, shared=shared), Store(tmp_path))
+
+    for measure in ("grid_pointing_game", "auroc"):
+        checked(measure, **shapes)
+    with pytest.raises(ValueError, match="game needs networks with an average over positions and 4 classes or more, "):
+        checked("grid_pointing_game", **TINY["shared"])
+    monkeypatch.setattr(planned, "_shape", lambda *_: {**SHAPE, "images": 80, "masks": False})
+    with pytest.raises(ValueError, match="claim 'a': auroc needs masks of objects, and 'digits' has none"):
+        checked("auroc", **TINY["shared"])
+
+
 # --- prices ---------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +407,11 @@ def test_prices_are_those_of_runs_of_the_same_size_here(tmp_path: Path, monkeypa
     write(store, run.but(evaluate_on="test"), **{**here, "session_seconds": 58.0})
     prices.update()
     assert prices.seconds(run.but(evaluate_on="test")) == pytest.approx(4 * 2.0 + 50.0)
+    store.checkpoint(run).parent.mkdir()
+    monkeypatch.setattr(planned, "epochs_done", lambda path: {store.checkpoint(run): 3}[path])
+    store.checkpoint(run).touch()
+    assert prices.seconds(run) == pytest.approx(1 * 2.0 + 3.0)  # the rest of it
+    store.checkpoint(run).unlink()
     amp = Prices(store, "cpu", amp=True)
     amp.update()
     assert amp.seconds(run) == pytest.approx(4 * 2.0 + 3.0)
@@ -597,9 +652,11 @@ def test_nothing_to_do_starts_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls == [1]
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         run_plan(one, store, device="gpu")
+    with pytest.raises(OSError, match="nowhere to pack"):  # before anything is begun
+        run_plan(one, Store(tmp_path / "empty"), after=lambda: (_ for _ in ()).throw(OSError("nowhere to pack")))
 
 
-def test_what_is_to_be_done_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_to_be_done_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now, calls = [0.0], list[float]()
 
     class Process:
@@ -612,5 +669,13 @@ def test_what_is_to_be_done_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(planned, "time", SimpleNamespace(time=lambda: now[0]))
     planned._watch([Process()], 61.0, lambda: calls.append(now[0]))  # type: ignore[list-item]
     assert calls == [20.5, 41.0] and now[0] == 61.0
+
+    def full() -> None:
+        calls.append(now[0])
+        raise OSError("the disk is full")
+
+    now[0] = 0.0
+    planned._watch([Process()], 61.0, full)  # type: ignore[list-item]  # no reason to end the work
+    assert calls[2:] == [20.5, 41.0] and caplog.messages == ["the disk is full"] * 2
     planned._watch([Process()], math.inf, lambda: None)  # type: ignore[list-item]
     assert now[0] == 100

@@ -28,7 +28,7 @@ from sdecor.data import load
 from sdecor.images import ImageData, ImageStream
 from sdecor.models import build
 from sdecor.registers import METHODS
-from sdecor.training import History, device_of, evaluate, fit
+from sdecor.training import History, device_of, epochs_done, evaluate, fit
 
 STANDARD, BOTH = Objective("standard"), Objective("saliencydecor-absolute")
 SHORT = Schedule(epochs=3, batch_size=32)
@@ -120,6 +120,26 @@ def test_the_same_bits_after_an_interruption_at_each_epoch(digits, held_out, tmp
         assert history.validation_accuracy == expected.validation_accuracy
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         path.unlink()
+
+
+def test_what_ends_a_training_from_outside_costs_nothing(digits, tmp_path) -> None:
+    """Even if epochs are so short that they share a checkpoint."""
+
+    def stop(epoch: int, _history: object) -> None:
+        if epoch == 2:
+            raise Interrupted
+
+    path = tmp_path / "c.pt"
+    with pytest.raises(Interrupted):
+        trained(digits, checkpoint=path, spare=1e6, after_epoch=stop)
+    assert epochs_done(path) == 2
+    finished: list[int] = []
+    again, _ = trained(digits, checkpoint=path, spare=1e6, after_epoch=lambda epoch, _: finished.append(epoch))
+    assert finished == [3] and bits(again) == bits(trained(digits)[0])
+    path.write_bytes(b"damaged")
+    assert epochs_done(path) == 0
+    with pytest.raises(Interrupted):
+        trained(digits, after_epoch=stop)  # without a checkpoint
 
 
 def test_the_checkpoint_changes_nothing(digits, tmp_path) -> None:
