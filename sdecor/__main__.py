@@ -97,6 +97,8 @@ _work = _several(
 )
 def app(use: tuple[str, ...]) -> None:
     """SaliencyDecor: train, compare, measure."""
+    if absent := [name for name in use if name.endswith(".py") and not Path(name).is_file()]:
+        raise FileNotFoundError(f"no file '{absent[0]}' to use")
     if use:  # in the environment, so that worker processes find it too
         os.environ[USE] = os.pathsep.join([*use, *filter(None, [os.environ.get(USE)])])
 
@@ -266,7 +268,11 @@ def merge(source: Path, store: str) -> None:
         run = record.run
         click.echo(f"{run.key}: {run.method} on {run.data.name}, seed {run.seed}, {run.evaluate_on}")
     if taken.left:
-        click.echo(f"{len(taken.left)} files belong to no store or no record and stay: {', '.join(taken.left[:5])}")
+        why = "belong to no store or no record, or are notes of runs that were done after all"
+        click.echo(f"{len(taken.left)} files stay, since they {why}: {', '.join(taken.left[:5])}")
+    if taken.busy:
+        keys = ", ".join(record.run.key for record in taken.busy)
+        click.echo(f"{len(taken.busy)} records were not taken, since their runs are being done there: {keys}")
     if taken.differ:
         click.echo(f"{len(taken.differ)} files are not like those there, which stay: {', '.join(taken.differ[:5])}")
     others = f"{taken.files} exhibits, tables and weights, {taken.failed} notes of broken runs"
@@ -290,6 +296,8 @@ def make_bundle(name: str, preset: str, out: Path, limit: float, **parts: tuple[
         click.echo(f"not in it, since git does not track them: {', '.join(made.untracked)}")
     if made.absent:
         click.echo(f"not in it, since no --data brings them: {', '.join(made.absent)}; SDECOR_DATA must say where")
+    if made.folders:
+        click.echo(f"not in it, and wanted there in the same place: {', '.join(map(str, made.folders))}")
     click.echo(f"{out} has the module at {made.commit}; there: sh run.sh, with any options of `sdecor run`")
 
 

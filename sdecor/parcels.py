@@ -15,6 +15,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from sdecor._files import replace_atomically
+from sdecor._files import locked, replace_atomically
 from sdecor.config import Run
 from sdecor.store import Record, Store
 
@@ -39,7 +40,13 @@ def pack(runs: list[Run], store: Store, out: Path, name: str, *, largest: int = 
 
     The files of a run stay together, so one whose files are larger has a volume of its own. Files of these names are
     replaced, each as a whole, and volumes of before that are not needed any more removed. Weights stay where they are.
+    Several processes may pack into one place.
     """
+    with locked(out / f"{name}.lock"):
+        return _pack(runs, store, out, name, largest)
+
+
+def _pack(runs: list[Run], store: Store, out: Path, name: str, largest: int) -> list[Path]:
     volumes: list[list[Path]] = [[]]
     size = 0
     for run in dict.fromkeys(runs):
@@ -83,8 +90,13 @@ class Taken:
     known: int = 0  #: Records that were there already, with the same results.
     files: int = 0  #: Exhibits, tables and weights that were not there.
     failed: int = 0  #: Notes of runs that broke down, of which there was none.
+    busy: list[Record] = field(
+        default_factory=list
+    )  #: Records of runs that are being done there, which were not taken.
     differ: list[str] = field(default_factory=list)  #: Exhibits and the like unlike those there, which stay; by name.
-    left: list[str] = field(default_factory=list)  #: Files that belong to no store, or to no record, by name.
+    left: list[str] = field(
+        default_factory=list
+    )  #: Files that belong to no store, or to no record; notes of done runs.
 
 
 @dataclass
@@ -102,8 +114,8 @@ def merge(source: Path, store: Store) -> Taken:
 
     Two records of one run with other results, an unreadable or misnamed one, or weights that are not those of their
     record, raise ValueError before anything is written; a missing source FileNotFoundError. What is there stays: other
-    circumstances of the same results, such as the date, are no reason to replace a record. Only one process may merge
-    into a store at a time.
+    circumstances of the same results, such as the date, are no reason to replace a record. The record of a run that is
+    being done there is not taken. Only one process may merge into a store at a time.
     """
     taken = Taken()
     found = _find(source, taken)
@@ -124,9 +136,26 @@ def merge(source: Path, store: Store) -> Taken:
         if not path.exists():
             _put(path, content)
             taken.failed += 1
-    for record in taken.new:  # the records last: they say that all is there
-        _put(store.path("results", record.run, ".json"), found.texts[record.run.key])
+    for record in list(taken.new):  # the records last: they say that all is there
+        path = store.path("results", record.run, ".json")
+        with _left_alone(record.run, store) as alone:
+            if alone:
+                _put(path, found.texts[record.run.key])
+            else:
+                taken.new.remove(record)
+                taken.busy.append(record)
     return taken
+
+
+@contextmanager
+def _left_alone(run: Run, store: Store) -> Iterator[bool]:
+    """Whether nobody is at a run; and nobody begins it meanwhile."""
+    checkpoint = store.checkpoint(run)
+    if not checkpoint.parent.exists():  # then nobody is at any, and the store stays free of that folder
+        yield True
+        return
+    with locked(checkpoint.with_suffix(".lock"), wait=False) as mine:
+        yield mine
 
 
 def _find(source: Path, taken: Taken) -> _Found:

@@ -152,9 +152,11 @@ def test_what_is_given_reaches_the_work(here: Path, monkeypatch: pytest.MonkeyPa
 def test_wrong_requests(here: Path, command: str) -> None:
     where = "none.toml and book/experiments/none.toml"
     assert refused(command, "none") == f"no plan 'none': looked for {where}"
+    assert refused("--use", "none.py", command, "tiny") == "no file 'none.py' to use"
     assert refused(command, "none.toml") == "no plan 'none.toml': looked for none.toml"
     assert refused(command, "tiny", "--preset", "huge") == "unknown preset 'huge'; known: quick, cpu"
-    assert refused(command, "tiny", "--device", "gpu").startswith("unknown device 'gpu'; use cpu, cuda ")
+    workers = ["--workers", 2] if command == "run" else []
+    assert refused(command, "tiny", "--device", "gpu", *workers).startswith("unknown device 'gpu'; use cpu, cuda ")
     (here / "bad.toml").write_text(TEXT.replace("price", "prize"))
     assert refused(command, "bad").startswith("bad.toml: [choice]: unknown key 'prize'; known: ")
     (here / "bad.toml").write_text(TEXT + "x = \n")

@@ -9,6 +9,7 @@ import math
 import pickle
 import tarfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from stores import files
 from test_cli import call, refused
 
+from sdecor._files import locked
 from sdecor.config import Run
 from sdecor.parcels import merge, pack
 from sdecor.store import Record, Store
@@ -359,6 +361,26 @@ def test_an_exhibit_may_come_after_its_record(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
+def test_several_may_pack_into_one_place(tmp_path: Path) -> None:
+    here = store(tmp_path / "here", *RUNS)
+    with ThreadPoolExecutor(4) as pool:
+        many = [pool.submit(pack, RUNS, here, tmp_path / "out", "p", largest=4000) for _ in range(40)]
+        volumes = {tuple(one.result()) for one in many}
+    assert len(volumes) == 1 and sorted((tmp_path / "out").iterdir()) == sorted(*volumes)
+    home = Store(tmp_path / "home")
+    assert len(merge(tmp_path / "out", home).new) == len(RUNS)
+
+
+def test_a_run_that_is_being_done_is_left_alone(tmp_path: Path) -> None:
+    here, home = store(tmp_path / "here", *RUNS[:2]), Store(tmp_path / "home")
+    with locked(home.checkpoint(RUNS[0]).with_suffix(".lock")):
+        out, _ = call("merge", here.root, "--store", home.root)
+        assert f"1 records were not taken, since their runs are being done there: {RUNS[0].key}\n" in out
+        assert "\n1 records taken, 0 were there;" in out and home.record(RUNS[0]) is None
+    assert merge(here.root, home).new == [here.record(RUNS[0])]
+    assert not [name for name in files(home) if name.startswith("unfinished")]
+
+
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     here = store(tmp_path / "here", *RUNS[:2])
     (here.root / "README.md").write_text("mine")
@@ -367,7 +389,8 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     runs = sorted(RUNS[:2], key=lambda run: run.key)
     assert out.splitlines() == [
         *(f"{run.key}: standard on digits, seed {run.seed}, test" for run in runs),
-        "1 files belong to no store or no record and stay: README.md",
+        "1 files stay, since they belong to no store or no record, or are notes of runs that were done after all: "
+        "README.md",
         "2 records taken, 0 were there; 4 exhibits, tables and weights, 0 notes of broken runs",
     ]
     out, _ = call("merge", here.root, "--store", home)
