@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from sdecor.config import Run
+from sdecor.measures.statistics import ROUNDING
 from sdecor.registers import METHODS, TERMS
 
 
@@ -40,8 +41,8 @@ def most_accurate(trials: Sequence[Trial]) -> Trial:
 
 
 def strongest(trials: Sequence[Trial], strength: Callable[[Run], float], floor: float) -> Trial:
-    """The strongest trial with at least this accuracy, but for rounding; the most accurate one if there is none."""
-    affordable = [t for t in trials if t.accuracy >= floor - 1e-9]
+    """The strongest trial with at least this accuracy, up to rounding; the most accurate one if there is none."""
+    affordable = [t for t in trials if t.accuracy >= floor - ROUNDING]
     return max(affordable, key=lambda t: strength(t.run)) if affordable else most_accurate(trials)
 
 

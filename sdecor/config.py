@@ -425,8 +425,16 @@ def fitting(
 
 
 def method_grid(seeds: Iterable[int], methods: Iterable[str] | None = None, **flat: Any) -> list[Run]:
-    """Runs of every method with every seed, all else equal; weights and settings go to the methods that have them."""
-    names = list(registers.METHODS if methods is None else methods)
+    """Runs of every method with every seed, all else equal; weights and settings go to the methods that have them.
+
+    Without `methods`, those are left out that differ from an earlier one in their name alone, as the arms of a plan do
+    that only train for longer.
+    """
+    unlike: dict[Any, str] = {}
+    for name, method in registers.METHODS.items():
+        objective = Run.of(method=name).objective
+        unlike.setdefault((repr((objective.weights, objective.settings)), method.network), name)
+    names = list(unlike.values() if methods is None else methods)
     given = [dict(pairs(flat.pop(name, ()), name)) for name in ("weights", "settings")]
     fits = {name: fitting(name, *given) for name in names}
     for place, kind in enumerate(("weight", "setting")):

@@ -12,9 +12,9 @@ does not know, and what cannot be run, is an error that names it, whatever prese
   ``length`` (its epochs, as a multiple); ``seeds`` (0 for a choice that others take over), and ``later`` (after all
   seeds of the other arms).
 - ``[doses.NAME]``: an ``arm`` (by default NAME), its ``try`` list, each value of which is an arm of its own,
-  ``seeds`` and ``later``.
-- ``[presets.NAME]``: ``seeds``, ``trial`` (settings of the trials alone), ``tries`` (so many values of each list, from
-  its middle), ``only`` (these arms), ``amp``, ``arms`` (changes of arms), flat settings.
+  ``seeds`` and ``later``. What the arm itself tries, if that is something else, they take over as it was chosen.
+- ``[presets.NAME]``: ``seeds``, ``trial`` (settings of the trials alone, no weights), ``tries`` (so many
+  values of each list, from its middle), ``only`` (these arms), ``amp``, ``arms`` (changes of arms), flat settings.
 - ``[[claims]]``: see `Claim`.
 
 Where settings meet, those of the arm count, then what is taken over, then those of the trials, of the preset, and the
@@ -170,9 +170,7 @@ class Arm(_Typed):
 
 def _arm(name: str, *tables: Any) -> Arm:
     """An arm as tables describe it, the later ones in place of the earlier."""
-    given: dict[str, Any] = {"method": name}
-    for table in tables:
-        given |= _table(table, f"arm '{name}'", (*_ARM, *_FLAT))
+    given = _merged({"method": name}, *(_table(table, f"arm '{name}'", (*_ARM, *_FLAT)) for table in tables))
     with within(f"arm '{name}'"):
         own = {key: given[key] for key in _ARM if key in given}
         own["takes"] = Option("from", None, str).checked(own.pop("from", ""))
@@ -203,6 +201,7 @@ def _doses(name: str, given: Any, arms: Mapping[str, Arm]) -> Iterator[Arm]:
             settings=_merged(arms[base].settings, listed.at(value)),
             tried="",
             values=(),
+            takes=base if arms[base].tried not in ("", listed.tried) else arms[base].takes,
             seeds=listed.seeds,
             later=listed.later,
         )
@@ -253,10 +252,15 @@ class Plan:
         return plan
 
     def at(self, preset: str, **over: Any) -> Course:
-        """The plan at a preset; `over` are flat settings, or ``seeds``, in place of its own."""
+        """The plan at a preset; `over` are flat settings, or ``seeds``, in place of its own.
+
+        Options of data, or of a model, go with what they are options of.
+        """
         OneOf(list(self.presets)).check("preset", preset)
-        given = {**_table(self.presets[preset], place := f"preset '{preset}'"), **over}
-        _table(given, place, (*_PRESET, *_FLAT))
+        own = _table(self.presets[preset], place := f"preset '{preset}'")
+        named = {**self.shared, **own}
+        gone = [f"{name}_options" for name in ("data", "model") if over.get(name, named.get(name)) != named.get(name)]
+        given = _table({**{n: v for n, v in own.items() if n not in gone}, **over}, place, (*_PRESET, *_FLAT))
         with within(place):
             own = _typed(given, _PRESET)
             arms = self._arms(_table(own.get("arms", {}), "arms", self.arms))
@@ -268,7 +272,10 @@ class Plan:
             course = Course(
                 plan=self,
                 preset=preset,
-                shared=_merged(self.shared, {n: v for n, v in given.items() if n in _FLAT}),
+                shared=_merged(
+                    {n: v for n, v in self.shared.items() if n not in gone},
+                    {n: v for n, v in given.items() if n in _FLAT},
+                ),
                 trial=_table(own.get("trial", {}), "trial", _FLAT),
                 arms={n: arm for n, arm in arms.items() if n in only},
                 seeds=own.get("seeds", 5),
@@ -332,6 +339,8 @@ class Course:
             raise ValueError(f"the first arm, '{first}', must try nothing, since all prices refer to it")
         if self._rates and (own := [t for t in (self.shared, self.trial, self.arms[first].settings) if "lr" in t]):
             raise ValueError(f"lr = {own[0]['lr']} has no effect, since [choice] has rates")
+        if objective := [name for name in ("weights", "settings") if name in self.trial]:
+            raise ValueError(f"trial: {objective[0]} would be those of the final runs too; give them to the arms")
         costly = [arm.name for arm in self.arms.values() if arm.tried and arm.rule == RULES[0]]
         if costly and "price" not in self.plan.choice:
             raise ValueError(f"[choice] needs a price, for the strongest value of arm '{costly[0]}'")

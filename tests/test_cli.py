@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from sdecor.__main__ import app
-from sdecor.config import Run, flat_fields
+from sdecor.config import Run, flat_fields, method_grid
 from sdecor.registers import METHODS, REGISTERS
 from sdecor.store import Record, Store
 
@@ -152,7 +152,7 @@ def test_all_methods_and_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(sdecor.experiment, "grid", lambda runs, store, **how: seen.update(how, runs=runs, store=store))
     given = ["--seeds", "0-1,7", "--workers", 3, "--threads", 2, "--device", "auto", "--amp", "--compile", "--lr", 1]
     out, _ = call("grid", *given, "--store", tmp_path, "--data-root", tmp_path / "data")
-    assert seen.pop("runs") == [Run.of(method=m, seed=s, lr=1.0) for s in (0, 1, 7) for m in METHODS]
+    assert seen.pop("runs") == method_grid((0, 1, 7), lr=1.0)
     assert seen.pop("store").root == tmp_path
     assert seen == {
         "workers": 3,

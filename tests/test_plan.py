@@ -230,6 +230,8 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [  # S and L are the presets
     ("presets/small/seeds", 0, "S: seeds must be at least 1, got 0"),
     ("presets/small/tries", 0, "S: tries must be at least 1, got 0"),
     ("presets/small/trial", {"epochs": 0}, "S: trial: epochs must be at least 1, got 0"),
+    ("presets/small/trial", {"weights": {"classification": 2}}, "S: trial: weights would be those of the final runs"),
+    ("presets/small/trial", {"settings": {"fraction": 0.3}}, "S: trial: settings would be those of the final runs"),
     ("presets/small/trial", {"seeds": 1}, "S: trial: unknown key 'seeds'; known: data, "),
     ("presets/small/arms", {"none": {}}, f"S: arms: unknown key 'none'; known: {_ARMS}"),
     ("presets/small/arms", {"mine": {"seed": 1}}, "S: arm 'mine': unknown key 'seed'; known: method, "),
@@ -461,6 +463,44 @@ def test_the_rate_is_the_smallest_within_one_standard_error() -> None:
     assert one.state(found).chosen["standard"].schedule.lr == 0.004
     one = course(plan={"choice": rules, "arms": arms}, tries=2)
     assert [run.schedule.lr for run in one.state(found).trials["standard"]] == [0.002, 0.004]
+
+
+def test_weights_and_options_meet_one_by_one_in_a_preset_too() -> None:
+    arms = {
+        "standard": {},
+        "saliencydecor-absolute": {"weights": {"decorrelation": 7}, "settings": {"fill": "mean"}},
+    }
+    change = {"weights": {"consistency": 5}, "settings": {"fraction": 0.25}}
+    one = course(plan={"arms": arms, "presets": {"one": {"arms": {"saliencydecor-absolute": change}}}})
+    _, final = [run for _, run in one.final(one.state(lambda run: 0.9))][:2]
+    assert weights(final) == {"consistency": 5.0, "decorrelation": 7.0}
+    assert {n: dict(final.settings)[n] for n in ("fill", "fraction")} == {"fill": "mean", "fraction": 0.25}
+
+
+def test_doses_of_an_arm_that_tries_something_else() -> None:
+    """What was chosen for the arm holds for its doses."""
+    arms = {"standard": {}, "saliencydecor-absolute": {"try": {"consistency": [7]}}}
+    doses = {"saliencydecor-absolute": {"try": {"decorrelation": [0.5, 2]}, "seeds": 1}}
+    one = course(plan={"arms": arms, "doses": doses})
+    final = {arm.name: weights(run) for arm, run in one.final(one.state(lambda run: 0.9))}
+    assert final["saliencydecor-absolute 2"] == {"consistency": 7.0, "decorrelation": 2.0}
+    assert final["saliencydecor-absolute 0.5"] == {"consistency": 7.0, "decorrelation": 0.5}
+    assert "saliencydecor-absolute 2" not in one.state(lambda run: None).chosen
+
+
+def test_options_go_with_what_they_are_options_of() -> None:
+    shared = {"data": "shapes", "data_options": {"samples": 80}, "model": "resnet18"}
+    plan = {"shared": shared, "arms": {"standard": {}}, "presets": {"one": {"model_options": {"width": 8}}}}
+    whole = Plan.of("p", {**plan, "choice": {"price": 0.1}})
+
+    def given(**over: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        run = whole.at("one", **over).state(lambda run: None).trials["standard"][0]
+        return dict(run.data.options), dict(run.model.options)
+
+    both = ({"samples": 80}, {"width": 8})
+    assert given() == given(data="shapes", model="resnet18") == both
+    assert given(data="digits", model="lenet") == ({}, {})
+    assert given(data="digits") == ({}, both[1])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from sdecor.measures.statistics import (
     holm,
     paired_bootstrap,
     paired_difference,
+    paired_test,
     summary,
 )
 
@@ -230,6 +231,12 @@ def test_no_difference_up_to_rounding_is_none() -> None:
     assert a[0] != b[0]
     assert paired_difference(a, b) == paired_difference(b, a) == (0, 0, 0)
     assert paired_difference([1e-20, 1e-20], [0, 0]).mean == 1e-20, "small is not the same as rounding"
+    # 15 more images of 2945 with either seed, as records have it: to float32
+    a, b = ([float(str(np.float32(n / 2945))) for n in right] for right in ((2416, 2532), (2401, 2517)))
+    assert a[0] - b[0] != a[1] - b[1]
+    assert math.isnan(paired_test(a, b)) and math.isnan(below(a, b, 1.0))
+    assert paired_difference(a, b) == pytest.approx([15 / 2945] * 3, rel=1e-4)
+    assert paired_test([n / 1e6 for n in (5, 6)], [0, 0]) < 0.2, "one image of a million is more than rounding"
 
 
 # Equivalence

@@ -1,10 +1,10 @@
 """Mean, spread and paired differences over seeds, and tables of them.
 
 Values are one number per seed, (n,); those of a pair, `a` and `b`, are in the same order of seeds. Where a test needs
-the spread of the differences and there is none to judge by (a single pair, or differences that are all equal up to
-rounding), its result is NaN; the ends of an interval are NaN for a single pair, and equal the mean if all differences
-are equal. All raise ValueError for no values, another shape, lengths that differ, values that are NaN or infinite, and
-numbers out of range, such as a `confidence` outside (0, 1).
+the spread of the differences and there is none to judge by (a single pair, or differences that are all equal up to the
+rounding of records, to float32), its result is NaN; the ends of an interval are NaN for a single pair, and equal the
+mean if all differences are equal. All raise ValueError for no values, another shape, lengths that differ, values that
+are NaN or infinite, and numbers out of range, such as a `confidence` outside (0, 1).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sdecor.measures._checks import INSIDE, POSITIVE
 from sdecor.registers import Between
 
 Values: TypeAlias = Sequence[float] | Tensor
+ROUNDING = 4 * torch.finfo(torch.float32).eps  #: Relative, of a difference of two values that a record keeps.
 
 
 class Summary(NamedTuple):
@@ -86,6 +87,14 @@ def effect_size(a: Values, b: Values) -> float:
     factor = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
     mean, sd = summary(differences)
     return factor * mean / sd
+
+
+def paired_test(a: Values, b: Values) -> float:
+    """P-value of the paired t test: a small one says that the mean of a - b is not 0.
+
+    Source: Student 1908, doi:10.2307/2331554.
+    """
+    return _p_value(_differences(a, b))
 
 
 def below(a: Values, b: Values, bound: float) -> float:
@@ -164,8 +173,7 @@ def compare(
         for method, a in wide.to_dict("list").items():
             intervals = *paired_difference(a, b, confidence), *paired_bootstrap(a, b, confidence)[1:]
             same = math.nan if bound is None else equivalence(a, b, bound)
-            p = _p_value(_differences(a, b))
-            rows.append((metric, method, len(a), *intervals, effect_size(a, b), p, math.nan, same))
+            rows.append((metric, method, len(a), *intervals, effect_size(a, b), paired_test(a, b), math.nan, same))
     names = "metric", "method", "n", "difference", "low", "high", "bootstrap_low", "bootstrap_high", "effect_size"
     table = pd.DataFrame(rows, columns=[*names, "p", "p_holm", "p_equivalence"])
     table["p_holm"] = holm(table["p"].tolist()).numpy()
@@ -173,12 +181,12 @@ def compare(
 
 
 def _differences(a: Values, b: Values) -> Tensor:
-    """Differences a - b; all the same, or 0, where only rounding says otherwise, as of 0.3 - 0.1 and 0.4 - 0.2."""
+    """Differences a - b; all the same, or 0, where only rounding to float32 says otherwise."""
     first, second = _numbers(a, "a"), _numbers(b, "b")
     if len(first) != len(second):
         raise ValueError(f"a has {len(first)} values and b has {len(second)}; pairs need one of each per seed")
     differences = first - second
-    rounding = 4 * torch.finfo(torch.float64).eps * torch.cat([first, second]).abs().max()
+    rounding = ROUNDING * torch.cat([first, second]).abs().max()
     if differences.max() - differences.min() > rounding:
         return differences
     return torch.full_like(differences, differences[0].item() if differences.abs().max() > rounding else 0)
