@@ -18,18 +18,20 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import tomllib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdecor.config import Run
+from sdecor.config import Data
 from sdecor.plan import Course
 from sdecor.registers import DATASETS, USE
 
 MIB = 1 << 20
-#: What a run imports, beside the standard library.
-IMPORTS = "PIL click filelock numpy pandas safetensors scipy sklearn torch torchvision tqdm".split()
+#: What a run imports, beside the standard library, by the name of its package.
+IMPORTS = {n: n for n in "click filelock numpy pandas safetensors scipy torch torchvision tqdm".split()}
+IMPORTS |= {"pillow": "PIL", "scikit-learn": "sklearn"}
 RUN = """\
 #!/bin/sh
 # Works through a plan where there is no network:  sh run.sh [options of sdecor run, such as --device cuda --workers 4]
@@ -74,9 +76,22 @@ if [ -d "$here/wheels" ] && [ ! -d "$here/packages" ]; then
   finish packages
 fi
 lacking=$("$python" -c '
-import sys
+import re, sys
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-print(*[name for name in sys.argv[1:] if find_spec(name) is None])' @IMPORTS@)
+def number(text):
+    return [int(part) for part in re.findall("[0-9]+", text.partition("+")[0])[:3]]
+lacking = []
+for package, module, least in (word.split(":") for word in sys.argv[1:]):
+    try:
+        there = version(package)
+    except PackageNotFoundError:
+        there = least
+    if find_spec(module) is None:
+        lacking.append(package)
+    elif number(there) < number(least):
+        lacking.append(f"{package}>={least} (there is {there})")
+print(*lacking, sep=", ")' @IMPORTS@)
 [ -z "$lacking" ] ||
   fail "$python does not find: $lacking; set PYTHON to another interpreter, or bundle again with --wheel FILE for each"
 if [ -d "$here/archives" ] && [ ! -d "$here/data" ]; then
@@ -98,6 +113,7 @@ class Bundle:
     sizes: dict[str, int]  #: Bytes of each part.
     untracked: list[str]  #: Files of the module that git does not track, which are not in it.
     absent: list[str]  #: Data sets of the plan that no archive brings.
+    folders: list[Path]  #: Image folders of the plan, which must be there in the same place.
 
 
 def bundle(
@@ -122,6 +138,11 @@ def bundle(
     """
     if out.exists():
         raise FileExistsError(f"{out} is there already; remove it, or choose another name")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into")
+    if out.suffix in (".gz", ".tgz", ".zip", ".xz", ".bz2"):
+        raise ValueError(f"a bundle is a folder, or a file whose name ends in .tar; got {out.name}")
+    sets = _data(course)
     top = _git(".", "rev-parse", "--show-toplevel").rstrip("\n")
     commit = _git(top, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").strip()
     tracked = _listed(_git(top, "ls-files", "-z", "sdecor", "pyproject.toml", "LICENSE"))
@@ -130,7 +151,8 @@ def bundle(
     used = _listed(os.environ.get(USE, "").replace(os.pathsep, "\0"))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made:
         archives, script = [_archive(path, Path(made)) for path in data], Path(made, "run.sh")
-        script.write_text(_script(course, plan, commit, bool(archives), used), encoding="utf-8")
+        least = _least(Path(top, "pyproject.toml"))
+        script.write_text(_script(course, plan, commit, bool(archives), used, least), encoding="utf-8")
         files = [("run.sh", script), (plan.name, plan), *((f"checkout/{name}", Path(top, name)) for name in tracked)]
         files += [(f"archives/{path.name}", path) for path in archives]
         files += [(f"wheels/{path.name}", _wheel(path)) for path in wheels]
@@ -139,7 +161,8 @@ def bundle(
         _write(files, out, Path(made, "whole"))
         brought = {name.removeprefix("./").split("/")[0] for path in archives for name in _names(path)}
     untracked = _listed(_git(top, "ls-files", "-z", "--others", "--exclude-standard", "sdecor"))
-    return Bundle(commit, sizes, untracked, [name for name in _data(course) if not _brings(brought, name)])
+    absent = [data.name for data in sets if data.path is None and not _brings(brought, data.name)]
+    return Bundle(commit, sizes, untracked, absent, [data.path for data in sets if data.path is not None])
 
 
 def _git(folder: str, *words: str) -> str:
@@ -185,13 +208,19 @@ def _wheel(path: Path) -> Path:
     return path
 
 
-def _script(course: Course, plan: Path, commit: str, archives: bool, used: list[str]) -> str:
+def _least(project: Path) -> list[str]:
+    """``PACKAGE:MODULE:VERSION`` of what a run imports, the version being the oldest that the project takes."""
+    needed = dict(one.split(">=") for one in tomllib.loads(project.read_text())["project"]["dependencies"])
+    return [f"{package}:{module}:{needed[package].split(',')[0]}" for package, module in sorted(IMPORTS.items())]
+
+
+def _script(course: Course, plan: Path, commit: str, archives: bool, used: list[str], least: list[str]) -> str:
     settings = ['export SDECOR_DATA="$here/data"' if archives else 'export SDECOR_DATA="${SDECOR_DATA:-$here/data}"']
     if used:
         own = [f'"$here"/own/{shlex.quote(Path(n).name)}' if n.endswith(".py") else shlex.quote(n) for n in used]
         settings.append(f"export {USE}={':'.join(own)}")
     filled = {"COMMIT": commit, "PLAN": plan.name, "PRESET": course.preset}
-    text = RUN.replace("@SETTINGS@", "\n".join(settings)).replace("@IMPORTS@", " ".join(IMPORTS))
+    text = RUN.replace("@SETTINGS@", "\n".join(settings)).replace("@IMPORTS@", " ".join(least))
     for name, value in filled.items():
         text = text.replace(f"@{name}@", shlex.quote(value))
     return text
@@ -228,16 +257,15 @@ def _write(files: list[tuple[str, Path]], out: Path, made: Path) -> None:
     made.rename(out)
 
 
-def _data(course: Course) -> list[str]:
-    """Data sets that a plan reads."""
-    shared = {"data": Run.of().data.name, **course.shared}
-    flat = [shared | dict(course.trial), *(shared | dict(arm.settings) for arm in course.arms.values())]
-    return sorted({str(each["data"]) for each in flat})
+def _data(course: Course) -> list[Data]:
+    """Data sets that a plan reads, each once."""
+    runs = [run for trials in course.possible().values() for run in trials]
+    return list({run.data.name: run.data for run in runs}.values())
 
 
 def _brings(brought: set[str], name: str) -> bool:
     """Whether a data set needs no files, or is among what archives have at their top."""
-    entry = DATASETS[name.split(":")[0]]
+    entry = DATASETS[name]
     return entry.present is None or any(layout["folder"].split("/")[0] in brought for layout in entry.layouts)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 from stores import SHAPES
 from test_cli import call, refused
 
@@ -250,7 +251,7 @@ def test_what_a_run_imports_is_known() -> None:
     lines = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     imported = {"pillow": "PIL", "scikit-learn": "sklearn", "scikit-image": "skimage"}
     direct = {imported.get(name, name) for name in (Requirement(line).name for line in lines)}
-    assert direct & set(done.stdout.split()) == set(IMPORTS)
+    assert direct & set(done.stdout.split()) == {*IMPORTS.values()}
 
 
 def test_an_interpreter_that_will_not_do_is_named_at_once(plan: Path, tmp_path: Path) -> None:
@@ -263,13 +264,40 @@ def test_an_interpreter_that_will_not_do_is_named_at_once(plan: Path, tmp_path: 
         (tmp_path / "no", f"no interpreter '{tmp_path / 'no'}'; set PYTHON to one, 3.11 or newer"),
         (
             bare,
-            f"{bare} does not find: {' '.join(IMPORTS)}; set PYTHON to another interpreter, "
+            f"{bare} does not find: {', '.join(sorted(IMPORTS))}; set PYTHON to another interpreter, "
             "or bundle again with --wheel FILE for each",
         ),
     ):
         done = start(tmp_path / "b", PYTHON=python)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
+    stale = tmp_path / "stale" / "filelock-3.0.dist-info" / "METADATA"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("Metadata-Version: 2.1\nName: filelock\nVersion: 3.0\n", encoding="utf-8")
+    done = start(tmp_path / "b", PYTHONPATH=tmp_path / "stale")
+    assert done.returncode == 2 and " does not find: filelock>=4.2 (there is 3.0); set PYTHON" in done.stderr
     assert not (tmp_path / "b" / "data").exists()
+
+
+def test_names_that_a_bundle_cannot_have(plan: Path, tmp_path: Path) -> None:
+    said = refused("bundle", plan, tmp_path / "b.tar.gz", "--preset", "quick")
+    assert said == "a bundle is a folder, or a file whose name ends in .tar; got b.tar.gz"
+    assert (
+        refused("bundle", plan, tmp_path / "no" / "b", "--preset", "quick")
+        == f"no folder {tmp_path / 'no'} to write b into"
+    )
+
+
+def test_a_folder_of_images_is_named_as_what_must_be_there(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for kind in ("a", "b"):
+            (pictures / split / kind).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(pictures / split / kind / "1.png")
+    plan = tmp_path / "own.toml"
+    for number, given in enumerate((str(pictures), f"folder:{pictures}")):
+        plan.write_text(f'[shared]\ndata = "{given}"\n[arms.standard]\n[presets.quick]\n', encoding="utf-8")
+        out, _ = call("bundle", plan, tmp_path / str(number), "--preset", "quick")
+        assert f"not in it, and wanted there in the same place: {pictures}\n" in out and "--data" not in out
 
 
 # --- that it runs ---------------------------------------------------------------------------------------------------
