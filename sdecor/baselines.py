@@ -36,7 +36,9 @@ def adversarial(step: Step, *, radius: Annotated[float, Between(0, ends=False)] 
     """Cross-entropy on images moved by one signed gradient step from a random start, within `radius` of each value.
 
     The radius is in units of the images that the network sees: a grey value of 255 is 1 / (255 std) of it. The step is
-    1.25 radii long (Wong, Rice and Kolter 2020), and no value leaves the range of its channel in the batch.
+    1.25 radii long (Wong, Rice and Kolter 2020), and no value leaves the range of its channel in the batch. The method
+    of this name adds it to the cross-entropy of the images themselves, with equal weights, where that source trains on
+    the attacked ones alone. Batch norm averages over the images themselves.
     """
     _ = step.logits  # the clean pass comes first: it alone is averaged by batch norm
     with frozen_statistics(step.model):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sdecor.measures.statistics import below, compare, equivalence, holm, summary
+from sdecor.measures.statistics import below, equivalence, holm, paired_difference, paired_test, summary
 from sdecor.registers import MEASURES, METHODS
 from sdecor.store import Record
 
@@ -45,7 +45,7 @@ _OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective ran
 _ENDS = ("mean", "low", "high")
 _LEVEL = 0.05
 _CLAIMED = ["name", "text", "measure", "direction", "arm", "reference", "method", "n", "seeds", *_ENDS]
-_CLAIMED += ["p", "p_holm", "p_equivalent", "smallest"]
+_CLAIMED += ["planned", "p", "p_holm", "p_equivalent", "smallest"]
 _MARKS = "osD^v"
 _COLOURS = {"holds": "#007e5c", "does not hold": "#b34a00", "cannot tell": "0.35"}
 _SIGNS = {"higher": "+", "lower": "-", "equal": "±"}
@@ -160,12 +160,22 @@ def _wide(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     return wide.where(np.isfinite(wide))
 
 
+def _counted(out: dict[Any, dict[str, str]], seeds: Mapping[Any, int]) -> pd.DataFrame:
+    """The table of these rows, with how many seeds each has where not all have as many."""
+    if len({seeds[label] for label in out}) > 1:
+        out = {label: {"seeds": str(seeds[label]), **row} for label, row in out.items()}
+    return pd.DataFrame.from_dict(out, orient="index")
+
+
 def _of(n: int, seeds: int) -> str:
     return "" if n == seeds else f" ({n} of {seeds})"
 
 
 def table(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Strings ``mean ± sd`` over seeds, a row an arm; a single seed has no ± and nothing defined a dash."""
+    """Strings ``mean ± sd`` over seeds, a row an arm; a single seed has no ± and nothing defined a dash.
+
+    Where arms have more seeds or fewer, a first column says how many.
+    """
     out: dict[Any, dict[str, str]] = {arm: {} for arm in frame["arm"].unique()}
     seeds = frame.groupby("arm")["seed"].nunique().to_dict()
     for measure, (heading, factor, digits) in _columns(columns).items():
@@ -175,7 +185,7 @@ def table(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
                 mean, sd = summary(values)
                 spread = f" ± {sd:.{digits}f}" if len(values) > 1 else ""
                 out[arm][heading] = f"{mean:.{digits}f}{spread}{_of(len(values), seeds[arm])}"
-    return pd.DataFrame.from_dict(out, orient="index")
+    return _counted(out, seeds)
 
 
 def overview(records: Iterable[Record]) -> pd.DataFrame:
@@ -186,7 +196,8 @@ def overview(records: Iterable[Record]) -> pd.DataFrame:
     named += [c for c in _differing(first.drop(columns=["key", "seed", "measure", "value"])) if c not in named]
     seeds = whole.groupby("arm")["seed"].agg(lambda s: ",".join(map(str, sorted(set(s)))))
     measures = {str(name): (str(name), 1.0, 4) for name in sorted(whole["measure"].unique())}
-    out = first[named].assign(seeds=seeds).join(table(whole, measures))
+    shown = table(whole, measures).drop(columns="seeds", errors="ignore")
+    out = first[named].assign(seeds=seeds).join(shown)
     return out.where(out.notna(), DASH).sort_values(named, key=lambda column: column.map(str)).reset_index(drop=True)
 
 
@@ -244,9 +255,8 @@ def _compared(both: pd.DataFrame) -> dict[str, float]:
     """Difference of the first column to the second."""
     if both.empty:
         return dict.fromkeys((*_ENDS, "p"), math.nan)
-    rows = [("ab"[place], seed, "", v) for place in (0, 1) for seed, v in both.iloc[:, place].items()]
-    found = compare(pd.DataFrame(rows, columns=["method", "seed", "metric", "value"]), "b")
-    return dict(found.rename(columns={"difference": "mean"}).iloc[0][[*_ENDS, "p"]])
+    a, b = both.to_numpy().T.tolist()
+    return {**paired_difference(a, b)._asdict(), "p": paired_test(a, b)}
 
 
 def _labels(differences: pd.DataFrame) -> pd.Series:
@@ -257,7 +267,10 @@ def _labels(differences: pd.DataFrame) -> pd.Series:
 
 
 def difference_table(differences: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Strings ``mean [low, high]``, a row an arm; a single pair has no interval and nothing defined a dash."""
+    """Strings ``mean [low, high]``, a row an arm; a single pair has no interval and nothing defined a dash.
+
+    Where arms share more seeds with their reference or fewer, a first column says how many.
+    """
     labels = _labels(differences)
     out: dict[str, dict[str, str]] = {label: {} for label in labels}
     for measure, (heading, factor, digits) in _columns(columns).items():
@@ -268,10 +281,15 @@ def difference_table(differences: pd.DataFrame, columns: Columns) -> pd.DataFram
                 mean, low, high = (f"{factor * row[end]:+.{digits}f}" for end in _ENDS)
                 interval = f" [{low}, {high}]" if row["n"] > 1 else ""
                 out[label][heading] = mean + interval + _of(row["n"], row["seeds"])
-    return pd.DataFrame.from_dict(out, orient="index")
+    return _counted(out, dict(zip(labels, differences["seeds"], strict=True)))
 
 
-def verdict(frame: pd.DataFrame, claims: Iterable[Claim], arms: Mapping[str, str] | None = None) -> pd.DataFrame:
+def verdict(
+    frame: pd.DataFrame,
+    claims: Iterable[Claim],
+    arms: Mapping[str, str] | None = None,
+    planned: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
     r"""What became of the claims of a plan: 'holds', 'does not hold', or in all other cases 'cannot tell'.
 
     Of the paired differences of a claim's `arm` to the one it is `against`, with `smallest` the smallest that matters:
@@ -289,16 +307,17 @@ def verdict(frame: pd.DataFrame, claims: Iterable[Claim], arms: Mapping[str, str
     effect that is certain, but not certain to matter, is thus left open, and more seeds of the same mean and spread
     take back no claim that holds. All claims of the plan are one family in each of the two columns, whatever they claim
     and also if undefined, so that a plan has even one false alarm in a column in at most 5 % of cases, and no claim
-    gains by another's lack of data. Intervals are not corrected.
+    gains by another's lack of data. This is so for one look, when all seeds are there that were `planned`, by arm; who
+    looks after every seed has more false alarms. Intervals are not corrected.
 
     Fewer than two pairs, or differences that are all the same, leave no test and NaN; only where all are 0 there is
     exactly no change, and the p-values are 1 and 0. Without `arms`, claims name arms as `pairs` does, or keys; with it,
     they name what `arms` maps to those, and a name that it lacks has no runs yet, so no pairs. A row for every claim
     has the columns of `differences`, for `difference_table`, `forest` and `glue_differences`, and ``text``,
-    ``direction``, ``smallest``, ``p_equivalent`` and ``verdict``. ValueError for claims that share a name, unknown
-    arms, and arms of which several have the method.
+    ``direction``, ``smallest``, ``planned`` (seeds, 0 if unknown), ``p_equivalent`` and ``verdict``. ValueError for
+    claims that share a name, unknown arms, and arms of which several have the method.
     """
-    rows = [_of_claim(frame, claim, arms) for claim in claims]
+    rows = [_of_claim(frame, claim, arms, planned or {}) for claim in claims]
     if twice := [name for name, times in Counter(row["name"] for row in rows).items() if times > 1]:
         raise ValueError(f"several claims have the name '{twice[0]}'")
     out = pd.DataFrame(rows, columns=_CLAIMED)
@@ -306,10 +325,13 @@ def verdict(frame: pd.DataFrame, claims: Iterable[Claim], arms: Mapping[str, str
     return out.assign(verdict=[_decided(row) for row in out.to_dict("records")])
 
 
-def _of_claim(frame: pd.DataFrame, claim: Claim, arms: Mapping[str, str] | None) -> dict[Any, Any]:
+def _of_claim(
+    frame: pd.DataFrame, claim: Claim, arms: Mapping[str, str] | None, planned: Mapping[str, int]
+) -> dict[Any, Any]:
     """The row of a claim, its p-values not yet corrected."""
     row: dict[Any, Any] = {name: getattr(claim, name) for name in ("name", "text", "measure", "direction", "smallest")}
     row |= {"arm": claim.arm, "reference": claim.against, "method": "", "n": 0, "seeds": 0}
+    row["planned"] = min(planned.get(name, 0) for name in (claim.arm, claim.against))
     row |= dict.fromkeys((*_ENDS, "p", "p_equivalent"), math.nan)
     if arms is not None and not {claim.arm, claim.against} <= {*arms}:
         return row
@@ -357,6 +379,7 @@ def verdict_table(verdicts: pd.DataFrame, columns: Columns = ()) -> pd.DataFrame
             "measure": heading,
             "effect": str(difference_table(pd.DataFrame([row]), {row["measure"]: column}).iloc[0, 0]),
             "smallest effect": f"{_SIGNS[row['direction']]}{factor * row['smallest']:g}",
+            "seeds": f"{row['n']} of {row['planned']}" if row["n"] < row["planned"] else str(row["n"]),
             "p": _p_text(row["p_holm"]),
             "p, too small": _p_text(row["p_equivalent"]),
             "verdict": row["verdict"],
@@ -401,7 +424,8 @@ def verdict_figure(verdicts: Mapping[str, pd.DataFrame]) -> Figure:
     """What `verdict` gave, as a picture: a row a claim, and in it a dot with its 95 % interval for each of the tables.
 
     The unit is the smallest difference that matters, and right is what is claimed: a dot beyond 1 is an effect that
-    matters, the grey band is where none does. The verdict stands beside its dot, and has its colour.
+    matters, the grey band is where none does. The verdict stands beside its dot, and has its colour; the dot is hollow
+    while seeds are missing that were planned.
     """
     import matplotlib.pyplot as plt
 
@@ -420,7 +444,8 @@ def verdict_figure(verdicts: Mapping[str, pd.DataFrame]) -> Figure:
             unit = -row["smallest"] if row["direction"] == "lower" else row["smallest"]
             if row["n"] > 1:
                 ax.plot([row["low"] / unit, row["high"] / unit], [y, y], color=colour, linewidth=2)
-            ax.plot(row["mean"] / unit, y, _MARKS[place % len(_MARKS)], color=colour, markersize=6)
+            face = "white" if row["n"] < row["planned"] else colour
+            ax.plot(row["mean"] / unit, y, _MARKS[place % len(_MARKS)], color=colour, markerfacecolor=face)
         ax.plot([], [], _MARKS[place % len(_MARKS)], color="0.35", label=title)
     ax.set_yticks(range(len(lines)), lines.values(), fontsize=10)
     ax.set_ylim(len(lines) - 0.5, -0.5)

@@ -126,7 +126,9 @@ def test_arms_that_share_a_method_are_told_apart_by_what_differs() -> None:
         "decorrelation only, weight decorrelation=3",
         "standard",
     ]
-    assert report.table(frame, ["accuracy"]).shape == (4, 1)
+    table = report.table(frame, ["accuracy"])
+    assert table["seeds"].tolist() == ["2", "2", "2", "1"] and table.shape == (4, 2)
+    assert report.table(frame[frame["seed"] == 0], ["accuracy"]).shape == (4, 1)
 
 
 def test_no_setting_pools_two_runs() -> None:
@@ -267,7 +269,8 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     assert found.loc[("noise", "accuracy"), ["low", "high", "p", "p_holm"]].isna().all()
     assert found.loc[("decorrelation", "gini"), ["mean", "low", "high", "p"]].isna().all()
     table = report.difference_table(found.reset_index(), COLUMNS)
-    assert table.loc["noise augmentation"].tolist() == ["+25.0", "–"]
+    assert table.loc["noise augmentation"].tolist() == ["1", "+25.0", "–"]
+    assert table["seeds"].tolist() == ["3", "1"]
     assert table.loc["decorrelation only", "accuracy, %"].endswith("] (2 of 3)")
 
 

@@ -139,14 +139,21 @@ def test_published_is_the_preset_with_most_records(tmp_path: Path) -> None:
     write(shelf, everything("cpu")[:-1])
     found = planned(shelf)
     assert (found.course.preset, len(found.all()), found.missing) == ("cpu", 3, {"decorrelation": 1})
-    assert chapter.progress(found) == (
+    assert chapter.progress(found, Store(chapter.ROOT / "data")) == (
         "Preset `cpu`: 3 networks of 2 arms. Not run yet: some seeds of: decorrelation only. "
         "This goes on: `sdecor run tiny --preset cpu --store data`."
+    )
+    assert chapter.progress(found, shelf).endswith(f"`sdecor run tiny --preset cpu --store {tmp_path}`.")
+    shelf.fail(everything("cpu")[-1], "loss became nan")
+    found = planned(shelf)
+    assert (found.missing, found.broken) == ({}, {"decorrelation": 1})
+    assert chapter.progress(found, shelf) == (
+        "Preset `cpu`: 3 networks of 2 arms. Training broke down: 1 of decorrelation only. Nothing is missing."
     )
     write(shelf, everything("gpu"))
     found = planned(shelf)
     assert (found.course.preset, len(found.all()), found.missing) == ("gpu", 4, {})
-    assert chapter.progress(found) == "Preset `gpu`: 4 networks of 2 arms, all that the plan asks for."
+    assert chapter.progress(found, shelf) == "Preset `gpu`: 4 networks of 2 arms, all that the plan asks for."
     assert planned(shelf, preset="cpu").course.preset == "cpu"
     names = [f.course.preset for f in chapter.published(Plan.of("tiny", TINY_PLAN), shelf)]
     assert names == ["gpu", "cpu"]

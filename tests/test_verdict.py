@@ -107,6 +107,7 @@ def test_the_row_of_a_claim() -> None:
         {
             **{"name": "c", "text": "It is so.", "measure": "gini", "direction": "higher", "arm": "noise"},
             **{"reference": "standard", "method": "noise", "n": 3, "seeds": 3, "smallest": 2.5, "verdict": YES},
+            "planned": 0,
         }
     ]
     assert found[["mean", "low", "high"]].to_numpy().tolist() == [pytest.approx([5, 5 - half, 5 + half])]
@@ -270,7 +271,8 @@ def test_the_picture_of_the_verdicts() -> None:
     three = [claim(d, 2.0, name=d, text=f"It is {d}.") for d in ("higher", "lower", "equal")]
     sizes = {"small": moved([4.75, 5, 5.25]), "one seed": moved([-3])}
     later = claim(name="later", text="It comes later.", arm="later")
-    tables = {n: report.verdict(f, [*three, later], {m: m for m in ("noise", "standard")}) for n, f in sizes.items()}
+    known, planned = {m: m for m in ("noise", "standard")}, {"noise": 3, "standard": 3, "later": 3}
+    tables = {n: report.verdict(f, [*three, later], known, planned) for n, f in sizes.items()}
     ax = report.verdict_figure(tables).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == [*(c.text for c in three), later.text]
     assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first claim is at the top"
@@ -279,7 +281,9 @@ def test_the_picture_of_the_verdicts() -> None:
     assert all(p < row < q and q - p < 0.5 for row, (p, q) in enumerate(zip(places[:4], places[4:], strict=True)))
     for marker, mean in (("o", 5), ("s", -3)):
         dots = [line for line in ax.lines if line.get_marker() == marker and len(line.get_xdata())]
-        assert [d.get_xdata()[0] for d in dots if d.get_xdata()[0] == d.get_xdata()[0]] == [mean / 2, -mean / 2, mean / 2]
+        drawn = [d for d in dots if not math.isnan(d.get_xdata()[0])]
+        assert [d.get_xdata()[0] for d in drawn] == [mean / 2, -mean / 2, mean / 2]
+        assert {d.get_markerfacecolor() == "white" for d in drawn} == {mean == -3}, "some seeds are missing"
     bars = [line for line in ax.lines if line.get_marker() == "None"][1:]
     half = stats.t.ppf(0.975, 2) * 0.25 / math.sqrt(3) / 2
     assert len(bars) == 3, "one seed has no interval"
@@ -376,23 +380,25 @@ def test_the_table_of_verdicts() -> None:
         claim("lower", 0.007, name="costs", measure="accuracy"),
         claim("higher", 0.5, name="lost", measure="correlation_conv1"),
     ]
-    verdicts = report.verdict(frame, claims)
+    verdicts = report.verdict(frame, claims, planned={"standard": 5, "noise": 4})
     assert report.verdict_table(verdicts, {"gini": ("Gini", 10, 1)}).to_dict("index") == {
         "same": {
             **{"measure": "Gini", "effect": "+50.0 [+25.2, +74.8] (3 of 4)", "smallest effect": "±200"},
-            **{"p": "0.039", "p, too small": "0.002", "verdict": YES},
+            **{"seeds": "3 of 4", "p": "0.039", "p, too small": "0.002", "verdict": YES},
         },
         "costs": {
             **{"measure": "accuracy, % ↑", "effect": "+5.00 [+2.52, +7.48] (3 of 4)", "smallest effect": "-0.7"},
-            **{"p": "0.039", "p, too small": "0.010", "verdict": NO},
+            **{"seeds": "3 of 4", "p": "0.039", "p, too small": "0.010", "verdict": NO},
         },
         "lost": {
             **{"measure": "mean |r|, conv1", "effect": "–", "smallest effect": "+0.5"},
-            **{"p": "–", "p, too small": "–", "verdict": OPEN},
+            **{"seeds": "0 of 4", "p": "–", "p, too small": "–", "verdict": OPEN},
         },
     }
     assert report.verdict_table(verdicts).loc["same", "measure"] == "Gini ↑"
     assert report.verdict_table(report.verdict(moved([4, 5, 6] * 9), [claim()])).loc["c", "p"] == "< 0.001"
+    whole = report.verdict(frame, claims[:1], planned={"standard": 3, "noise": 9})
+    assert report.verdict_table(whole).loc["same", "seeds"] == "3"
 
 
 def test_verdicts_are_differences_too(monkeypatch: pytest.MonkeyPatch) -> None:

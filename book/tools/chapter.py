@@ -147,16 +147,19 @@ def planned(plan: Plan, settings: SimpleNamespace, shelf: Store) -> Results:
     return found
 
 
-def progress(found: Results) -> str:
-    """What is there of a plan, what is missing, and the command that continues, in Markdown."""
+def progress(found: Results, shelf: Store) -> str:
+    """What a store has of a plan, what is missing or broke down, and the command that continues, in Markdown."""
     course, name = found.course, found.course.plan.name
     done = f"Preset `{course.preset}`: {len(found.all())} networks of {len({*found.keys().values()})} arms"
+    if found.broken:
+        done += ". Training broke down: " + "; ".join(f"{n} of {course.labels[arm]}" for arm, n in found.broken.items())
     if not found.missing:
-        return f"{done}, all that the plan asks for."
+        return f"{done}. Nothing is missing." if found.broken else f"{done}, all that the plan asks for."
     begun = [course.labels[arm] for arm in found.missing if arm in found.records]
     never = [course.labels[arm] for arm in found.missing if arm not in found.records]
     parts = [f"some seeds of: {'; '.join(begun)}"] * bool(begun) + [f"{len(never)} other arms"] * bool(never)
-    command = f"sdecor run {name} --preset {course.preset} --store data"
+    folder = "data" if shelf.root == ROOT / "data" else shelf.root
+    command = f"sdecor run {name} --preset {course.preset} --store {folder}"
     return f"{done}. Not run yet: {', and '.join(parts)}. This goes on: `{command}`."
 
 
