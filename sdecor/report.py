@@ -400,7 +400,7 @@ def forest(differences: pd.DataFrame, panels: Columns, *, per_row: int = 2) -> F
     """
     import matplotlib.pyplot as plt
 
-    columns = _columns(panels)
+    columns, differences = _columns(panels), differences.reset_index(drop=True)  # tables may have been put together
     labels = _labels(differences)
     names = list(labels.unique())
     across = min(per_row, len(columns))
@@ -429,6 +429,8 @@ def verdict_figure(verdicts: Mapping[str, pd.DataFrame]) -> Figure:
     """
     import matplotlib.pyplot as plt
 
+    if not any(map(len, verdicts.values())):
+        raise ValueError("verdicts is empty; a figure needs one claim at least")
     texts = {name: text for table in verdicts.values() for name, text in zip(table["name"], table["text"], strict=True)}
     lines = {name: _wrapped(text, 28) for name, text in texts.items()}
     tall = max(0.2 * len(verdicts), *(0.16 * (line.count("\n") + 1) for line in lines.values())) + 0.14
@@ -529,12 +531,6 @@ def glue_differences(differences: pd.DataFrame, columns: Columns = ()) -> None:
         for part, number in {**{end: factor * row[end] for end in _ENDS}, "p": row["p_holm"]}.items():
             if not math.isnan(number):
                 glue(f"{row['name']}_{row['measure']}_{part}", number)
-
-
-def glue_verdicts(verdicts: pd.DataFrame) -> None:
-    """Bind the verdict of every claim, a string: ``NAME_verdict``, with the claim's name."""
-    for name, word in zip(verdicts["name"], verdicts["verdict"], strict=True):
-        glue(f"{name}_verdict", word)
 
 
 def provenance(records: Iterable[Record], *, preset: str, note: str = "") -> None:

@@ -319,6 +319,14 @@ def test_the_forest_shows_what_the_differences_say() -> None:
     assert (drawn(right), right.get_xlabel()) == (([], []), "undefined here")
 
 
+def test_a_forest_of_tables_that_were_put_together() -> None:
+    frame = report.frame(RECORDS)
+    parts = [report.differences(frame, "standard", [measure]) for measure in ("gini", "accuracy")]
+    both, apart = report.forest(pd.concat(parts), ["gini", "accuracy"]), [report.forest(p, p["measure"]) for p in parts]
+    for ax, one in zip(both.axes, apart, strict=True):
+        assert [d.get_xdata() for d in drawn(ax)[0]] == [d.get_xdata() for d in drawn(one.axes[0])[0]]
+
+
 def test_the_forest_of_one_seed_has_no_intervals() -> None:
     figure = report.forest(report.differences(report.frame(RECORDS[::3]), "standard", ["gini"]), ["gini"])
     dots, bars = drawn(figure.axes[0])

@@ -223,7 +223,8 @@ def test_no_claims() -> None:
     found = report.verdict(moved([4, 5, 6]), [])
     assert found.empty and found.columns.tolist() == report.verdict(moved([4, 5, 6]), [claim()]).columns.tolist()
     assert report.verdict_table(found).empty
-    report.glue_verdicts(found)
+    with pytest.raises(ValueError, match="verdicts is empty"):
+        report.verdict_figure({"small": found})
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -405,9 +406,6 @@ def test_verdicts_are_differences_too(monkeypatch: pytest.MonkeyPatch) -> None:
     glued: dict[str, Any] = {}
     monkeypatch.setattr(report, "glue", glued.__setitem__)
     verdicts = report.verdict(moved([4, 5, 6]), [claim(), claim("lower", name="other", measure="accuracy")])
-    report.glue_verdicts(verdicts)
-    assert glued == {"c_verdict": YES, "other_verdict": OPEN}
-    glued.clear()
     report.glue_differences(verdicts)
     assert set(glued) == {"c_gini_mean", "c_gini_low", "c_gini_high", "c_gini_p"}
     assert report.difference_table(verdicts, {"gini": ("g", 1, 1)}).to_dict() == {"g": {"noise": "+5.0 [+2.5, +7.5]"}}

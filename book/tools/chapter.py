@@ -157,7 +157,8 @@ def progress(found: Results, shelf: Store) -> str:
         return f"{done}. Nothing is missing." if found.broken else f"{done}, all that the plan asks for."
     begun = [course.labels[arm] for arm in found.missing if arm in found.records]
     never = [course.labels[arm] for arm in found.missing if arm not in found.records]
-    parts = [f"some seeds of: {'; '.join(begun)}"] * bool(begun) + [f"{len(never)} other arms"] * bool(never)
+    some = f": {'; '.join(begun)}" if len(begun) < 5 else f" {len(begun)} arms"
+    parts = [f"some seeds of{some}"] * bool(begun) + [f"{len(never)} other arms"] * bool(never)
     folder = "data" if shelf.root == ROOT / "data" else shelf.root
     command = f"sdecor run {name} --preset {course.preset} --store {folder}"
     return f"{done}. Not run yet: {', and '.join(parts)}. This goes on: `{command}`."
