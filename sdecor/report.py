@@ -482,7 +482,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, labels: pd.Series, names: list[str], fa
         ax.set_xticks([])
     else:
         low, high = (abs(end) for end in ax.get_xlim())
-        ax.xaxis.set_major_locator(MaxNLocator(4 if max(low, high) > 0.05 else 3))  # such numbers are long
+        ax.xaxis.set_major_locator(MaxNLocator(4 if max(low, high) > 0.1 else 3))  # such numbers are long
     ax.grid(False, axis="y")
     ax.tick_params(labelsize=10)
     ax.set_xlabel("\n".join(_wrapped(note, 30) for note in notes), fontsize=9)
