@@ -7,9 +7,8 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +125,28 @@ def _resume(path: Path | None, description: str, history: History, **parts: Any)
     return len(history.seconds)
 
 
+def _kept(
+    path: Path | None, description: str, history: History, spare: float, **parts: Any
+) -> tuple[int, Callable[[], AbstractContextManager[None]]]:
+    """Epochs that are done, and what to call after each: it saves if that is due, or if its block raises."""
+    done, saved = _resume(path, description, history, **parts), time.perf_counter()
+
+    @contextmanager
+    def save() -> Iterator[None]:
+        nonlocal saved
+        if due := time.perf_counter() - saved >= spare:
+            _save(path, description, history, **parts)
+            saved = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            if not due:
+                _save(path, description, history, **parts)
+            raise
+
+    return done, save
+
+
 def _check_labels(model: nn.Module, x: Tensor, labels: Tensor) -> None:
     """Raise unless every label has a logit: on a GPU it would be a crash, and -100 would be skipped."""
     with torch.no_grad(), frozen_eval(model):
@@ -185,9 +206,7 @@ def fit(
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so, on CPUs too
     optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad], where)
     history = History({name: [] for name in (*objective.terms, "total")})
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    done = _resume(checkpoint, description, history, **parts)
-    save = partial(_save, checkpoint, description, history, **parts)
+    done, save = _kept(checkpoint, description, history, spare, model=model, optimizer=optimizer)
     rate = _rate(optimizer, where)
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
@@ -197,7 +216,7 @@ def fit(
         features = stack.enter_context(capture(model, layers_of(model, objective)))
         forward = stack.enter_context(_compiled(model)) if compiled else model
         bar = stack.enter_context(_bar(done * steps, plan.epochs * steps, progress))
-        order, noise, saved = torch.Generator(where), torch.Generator(where), time.perf_counter()
+        order, noise = torch.Generator(where), torch.Generator(where)
         step = _stepper(forward, objective, optimizer, plan.clip, features=features, generator=noise, amp=amp)
         train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
         for epoch in range(done, plan.epochs):
@@ -217,16 +236,9 @@ def fit(
                 history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
             history.seconds.append(time.perf_counter() - started)
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
-            if due := time.perf_counter() - saved >= spare:
-                save()
-                saved = time.perf_counter()
-            try:
+            with save():
                 if after_epoch is not None:
                     after_epoch(epoch + 1, history)
-            except BaseException:
-                if not due:
-                    save()
-                raise
     return history
 
 
