@@ -75,7 +75,7 @@ def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float 
 
     Images ``(B, H, W)`` or ``(B, 1 or 3, H, W)`` in [0, 1] stand in the first row. Of each method's name, or any label,
     there are non-negative scores ``(B, H, W)``, each map scaled by its own maximum; all may be tensors or arrays. The
-    left map of a pair shows that `fraction` of the pixels.
+    left map of a pair shows that `fraction` of the pixels. In a vector file every pixel is kept as one, which is small.
     """
     shown = torch.as_tensor(images).float().cpu()
     shown = shown.movedim(1, -1).squeeze(-1) if shown.ndim == 4 else shown
@@ -86,7 +86,7 @@ def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float 
         ax.grid(False)
         sns.despine(ax=ax, left=True, bottom=True)
     for i, image in enumerate(shown):
-        axes[0, 2 * i].imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes[0, 2 * i].imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
         axes[0, 2 * i + 1].set_visible(False)
     axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center")
     for row, (name, maps) in enumerate(scores.items(), start=1):
@@ -96,7 +96,8 @@ def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float 
         strongest = top_share(score, fraction)
         for i in range(len(shown)):
             for j, values in enumerate((strongest[i], score[i])):
-                axes[row, 2 * i + j].imshow(values, cmap="magma", vmin=0, vmax=float(score[i].max()) or 1.0)
+                top = float(score[i].max()) or 1.0
+                axes[row, 2 * i + j].imshow(values, cmap="magma", vmin=0, vmax=top, interpolation="none")
                 if row == 1:
                     axes[row, 2 * i + j].set_title(f"top {fraction:.0%}" if j == 0 else "all", fontsize="small")
     return figure
