@@ -373,6 +373,41 @@ def test_the_forest_of_several_references_names_them() -> None:
     assert labels == ["decorrelation only − standard", "both, signed mask − decorrelation only"]
 
 
+def doses(of: dict[float, list[float]], method: str = "decorrelation", **flat: Any) -> list[Record]:
+    """Records of a method at several weights, each with so many seeds."""
+    given = [(dose, seed, gini) for dose, values in of.items() for seed, gini in enumerate(values)]
+    return [record(method, s, {"gini": g}, weights={"decorrelation": d}, **flat) for d, s, g in given]
+
+
+def test_a_response_is_the_difference_at_every_dose() -> None:
+    base = [record("standard", s, {"gini": g}) for s, g in enumerate([0.5, 0.6, 0.9])]
+    one = doses({10.0: [0.7, 0.9], 0.1: [0.5, 0.7, 0.7]})  # the doses have other seeds than the reference
+    other = doses({0.3: [0.4, float("nan")]}, "decorrelation-zca")
+    frame = report.frame(base + one + other)
+    figure = report.response_figure(frame, "weight decorrelation", {"gini": ("G", 10, 2), "accuracy": ("a", 1, 1)})
+    ax, empty = figure.axes
+    lines = {str(line.get_label()): line for line in ax.lines if not str(line.get_label()).startswith("_")}
+    found = {label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()}
+    means = [0, pytest.approx(10 * (0 + 0.1 - 0.2) / 3), pytest.approx(10 * (0.2 + 0.3) / 2)]
+    assert found["decorrelation only"] == ([0, 0.1, 10.0], means)
+    assert found["distance to ZCA"] == ([0, 0.3], [0, pytest.approx(-1.0)])
+    assert len({line.get_marker() for line in lines.values()}) == 2, "methods of like colours can be told apart"
+    seeds = [line for line in ax.lines if line.get_marker() == "."]
+    assert [sum(np.isfinite(line.get_ydata())) for line in seeds] == [3, 2, 1]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.1", "0.3", "10"]
+    assert (ax.get_title(), empty.get_title(), ax.get_xlabel()) == ("G ↑", "a ↑", "weight decorrelation")
+
+
+def test_what_has_no_response() -> None:
+    with pytest.raises(ValueError, match="no arm has the setting 'radius'; there are: arm, data"):
+        report.response_figure(report.frame(RECORDS), "radius", ["gini"])
+    mixed = report.frame(
+        RECORDS + doses({1.0: [0.5]}, settings={"group_size": 8}) + doses({1.0: [0.5]}, settings={"group_size": 4})
+    )
+    with pytest.raises(ValueError, match="arms of 'decorrelation' differ in more than 'weight decorrelation'"):
+        report.response_figure(mixed, "weight decorrelation", ["gini"])
+
+
 # --- into the page --------------------------------------------------------------------------------------------------
 
 

@@ -404,7 +404,7 @@ def test_the_table_of_verdicts() -> None:
 
 def test_verdicts_are_differences_too(monkeypatch: pytest.MonkeyPatch) -> None:
     glued: dict[str, Any] = {}
-    monkeypatch.setattr(report, "glue", glued.__setitem__)
+    monkeypatch.setattr("sdecor.report.page.glue", glued.__setitem__)
     verdicts = report.verdict(moved([4, 5, 6]), [claim(), claim("lower", name="other", measure="accuracy")])
     report.glue_differences(verdicts)
     assert set(glued) == {"c_gini_mean", "c_gini_low", "c_gini_high", "c_gini_p"}
