@@ -187,10 +187,10 @@ def _course(name: str, preset: str, seeds: int | None) -> Course:
 @_where
 def show_plan(name: str, preset: str, seeds: int | None, device: str, store: str, data_root: str) -> None:
     """Say what a plan would run, what is done, and how long the rest takes here."""
-    from sdecor import planned
+    from sdecor import planned, rehearsal
 
     course, shelf = _course(name, preset, seeds), _store(store, data_root)
-    prices = planned.Prices(shelf, device, course.amp, root=data_root or None)
+    prices = rehearsal.Prices(shelf, device, course.amp, root=data_root or None)
     click.echo(f"{course.plan.title} ({preset}), records in {shelf.root}")
     state = course.state(planned.accuracy(shelf))
     done = {todo.run.key: ready for todo, ready in planned.work(course, shelf, state)}
@@ -203,7 +203,7 @@ def show_plan(name: str, preset: str, seeds: int | None, device: str, store: str
         click.echo(f"  {arm.name:32s} {', '.join(parts)}{', later' if arm.later else ''}")
     click.echo(_progress(course, shelf))
     if not all(done.values()):
-        planned.check(course, shelf, data_root or None)
+        rehearsal.check(course, shelf, data_root or None)
         seconds, _ = planned.seconds_left(course, shelf, prices)
         click.echo(f"Those to do take about {_minutes(seconds)} one after another on {device}")
 

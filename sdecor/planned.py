@@ -10,44 +10,33 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
-import os
 import signal
-import statistics
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess, parent_process
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdecor.choice import Trial
 from sdecor.config import Run
-from sdecor.evaluation import CELLS, plays
 from sdecor.experiment import devices, execute
-from sdecor.images import ImageData
-from sdecor.measures.case import needs
-from sdecor.models import default_layers
-from sdecor.plan import OF_LAYERS, Course, State, within
-from sdecor.prepare import data_of, without_removal
-from sdecor.registers import MEASURES, OneOf
-from sdecor.store import SHAPE, Record, Store, network
-from sdecor.training import History, device_of, epochs_done, fit
+from sdecor.plan import Course, State
+from sdecor.rehearsal import Prices, Root, check
+from sdecor.store import Record, Store
+from sdecor.training import History, device_of
 
-Root = str | os.PathLike[str] | None
 log = logging.getLogger("sdecor")
 MARGIN = 1.15  # how much longer than last time a run may take
 GRACE = 5.0  # seconds after the budget in which a worker may come to the end of an epoch
 PAUSE = 0.5
 EVERY = 20.0  # seconds between calls of what is to be done now and then
-FEW, SHORT = 16, 0.5  # images of a first trial step, and seconds below which a whole one is tried
-BATCH = 4  # images of a step that is only to show whether it can be taken
 FAILURES = 3  # of runs, after which a worker takes it that nothing works
 
 
@@ -104,9 +93,10 @@ class Results:
     missing: dict[str, int]  #: Arm to the number of seeds that are not, where there are some.
     broken: dict[str, int]  #: Arm to the number of seeds that broke down, where there are some.
 
-    def all(self) -> list[Record]:
-        """The records of all arms, each once."""
-        return list({r.run.key: r for rs in self.records.values() for r in rs}.values())
+    def all(self, arms: Iterable[str] | None = None) -> list[Record]:
+        """The records of these arms, as far as they have some, or of all arms: in their order, and each once."""
+        named = self.records if arms is None else arms
+        return list({r.run.key: r for name in named for r in self.records.get(name, ())}.values())
 
     def seeds(self) -> dict[str, int]:
         """Arm to the number of seeds that the plan asks for."""
@@ -138,141 +128,6 @@ def results(course: Course, store: Store) -> Results:
     out = Results(course, {n: t for n, t in tried.items() if t}, dict(state.chosen), records, {}, dict(broken))
     left = {name: n - len(records.get(name, ())) - broken[name] for name, n in out.seeds().items()}
     return replace(out, missing={name: n for name, n in left.items() if n})
-
-
-def _shape(run: Run, store: Store, root: Root) -> dict[str, int]:
-    """What a network is built for, the number of training images, and whether there are masks of objects."""
-    data = data_of(without_removal(run), store, "train", root=root)
-    about = {"images": len(data), "masks": data.object_masks is not None}
-    return {**{name: getattr(data, name) for name in SHAPE}, **about}
-
-
-def _step(run: Run, shape: Mapping[str, int], batch: int, steps: int = 1, epochs: int = 1, **how: Any) -> float:
-    """Seconds of a step, in the quickest of some epochs: on noise, and without getting anywhere."""
-    noise = torch.randint(256, (steps * batch, shape["channels"], *[shape["image_size"]] * 2), dtype=torch.uint8)
-    data = ImageData.from_tensors(noise, torch.arange(len(noise)) % shape["num_classes"])
-    short = run.but(epochs=epochs, batch_size=batch, lr=1e-9).schedule
-    return min(fit(network(run, shape), data, run.objective, short, progress=False, **how).seconds) / steps
-
-
-def check(course: Course, store: Store, root: Root = None) -> None:
-    """Take a step of every arm, on noise, so that what the data or a network make impossible is named at once.
-
-    Raises:
-        ValueError: If an arm cannot be trained, or a claim is about what its records will not hold: features that its
-            networks do not have, masks that the data do not, or a game that the networks do not play.
-        FileNotFoundError: If the data are absent.
-    """
-    shapes: dict[Any, dict[str, int]] = {}
-    tested: set[Any] = set()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a step is slower with more, and others may be working
-    try:
-        for name, run in ((name, run) for name, trials in course.possible().items() for run in trials):
-            if run.data not in shapes:
-                shapes[run.data] = _shape(run, store, root)
-            kind = run.data, run.model, run.method, *run.objective.terms, *run.objective.settings.items()
-            with within(f"arm '{name}'"):
-                if kind not in tested:
-                    tested.add(kind)
-                    _check_step(run, shapes[run.data])
-                _check_claims(course, name, run, shapes[run.data])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _check_step(run: Run, shape: Mapping[str, int]) -> None:
-    try:
-        _step(run, shape, BATCH)
-    except FloatingPointError:
-        pass  # on noise; what becomes of images, training will tell
-    except RuntimeError as error:
-        raise ValueError(f"it cannot be trained: {error}") from error
-
-
-def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) -> None:
-    if not (claims := [claim for claim in course.claims if arm in (claim.arm, claim.against)]):
-        return
-    model = network(run, shape)
-    layers = run.objective.settings.get("layers") or default_layers(model)
-    known = [f"{measure}_{layer}" for measure in OF_LAYERS for layer in layers]
-    for claim in claims:
-        what = f"measure of claim '{claim.name}'"
-        if claim.measure.startswith(OF_LAYERS):
-            OneOf(known).check(what, claim.measure)
-        elif claim.measure == "grid_pointing_game" and not plays(model, shape["num_classes"]):
-            need = f"average over positions and {CELLS} classes or more"
-            raise ValueError(f"{what}: grid_pointing_game needs networks with an {need}, not '{run.model.name}'")
-        elif claim.measure in MEASURES and "mask" in needs(claim.measure) and not shape["masks"]:
-            raise ValueError(f"{what}: {claim.measure} needs masks of objects, and '{run.data.name}' has none")
-
-
-class Prices:
-    """Seconds that runs take here: the median of those before, else by a trial of a few steps."""
-
-    def __init__(self, store: Store, device: str, amp: bool = False, root: Root = None) -> None:
-        self.store, self.device, self.amp, self.root = store, device, amp, root
-        where = device_of(device)
-        self._epochs, self._name = (5, torch.cuda.get_device_name(where)) if where.type == "cuda" else (3, "CPU")
-        self._read: set[str] = set()
-        self._times: dict[Any, list[float]] = {}
-        self._guesses: dict[Any, float] = {}
-        self._begun: dict[tuple[Path, int], int] = {}
-        self._shapes: dict[Any, dict[str, int]] = {}
-
-    def update(self) -> None:
-        """Read what was measured since."""
-        for path in self.store.root.glob("results/*/*.json"):
-            if path.stem not in self._read:
-                self._read.add(path.stem)
-                with suppress(ValueError, FileNotFoundError):  # whoever asks for it will say so
-                    self._learn(Record.of_json(path.read_text(encoding="utf-8")))
-
-    def _learn(self, record: Record) -> None:
-        about, run = record.environment, record.run
-        trained, total = about.get("training_seconds"), about.get("session_seconds", 0.0)
-        if trained is None or not about["device"].startswith(self._name) or bool(about.get("amp")) != self.amp:
-            return
-        self._times.setdefault((run.method, *self._size(run)), []).append(trained / run.schedule.epochs)
-        if total >= trained:  # else it was begun in another session
-            self._times.setdefault((run.thorough, *self._size(run)), []).append(total - trained)
-
-    @staticmethod
-    def _size(run: Run) -> tuple[Any, ...]:
-        return run.data, run.model, run.schedule.batch_size
-
-    def seconds(self, run: Run) -> float:
-        """How long a run takes, without the epochs that are behind it."""
-        method, kind = (run.method, *self._size(run)), (run.thorough, *self._size(run))
-        epoch = statistics.median(self._times[method]) if method in self._times else self._guess(run)
-        rest = statistics.median(self._times[kind]) if kind in self._times else (6 if run.thorough else 1) * epoch
-        return (run.schedule.epochs - self._done(self.store.checkpoint(run))) * epoch + rest
-
-    def _done(self, checkpoint: Path) -> int:
-        """Epochs that an unfinished run has behind it."""
-        with suppress(FileNotFoundError):  # it may be finished any moment
-            state = checkpoint, checkpoint.stat().st_mtime_ns
-            if state not in self._begun:
-                self._begun[state] = epochs_done(checkpoint)
-            return self._begun[state]
-        return 0
-
-    def _guess(self, run: Run) -> float:
-        """Seconds of an epoch, by those of a few steps."""
-        key = run.method, *self._size(run)
-        if key not in self._guesses:
-            if run.data not in self._shapes:
-                self._shapes[run.data] = _shape(run, self.store, self.root)
-            shape = self._shapes[run.data]
-            batch = min(run.schedule.batch_size, shape["images"])
-            how: dict[str, Any] = {"device": self.device, "amp": self.amp}
-            with suppress(FloatingPointError, RuntimeError):  # it costs nothing to see what becomes of images
-                few = min(batch, FEW)
-                took = _step(run, shape, few, epochs=2, **how) * batch / few
-                if took < SHORT or self.device != "cpu":  # else the time grows with the images, and need not be spent
-                    took = _step(run, shape, batch, steps=2, epochs=self._epochs, **how)
-                self._guesses[key] = took * (shape["images"] // batch)
-        return self._guesses.setdefault(key, 0.0)
 
 
 def run_plan(
@@ -464,6 +319,3 @@ def seconds_left(course: Course, store: Store, prices: Prices) -> tuple[float, i
     state = course.state(accuracy(store))
     left = [todo.run for todo, ready in work(course, store, state) if not ready]
     return sum(map(prices.seconds, left)), course.count(state)
-
-
-__all__ = ["OutOfTime", "Prices", "Results", "Todo", "accuracy", "check", "results", "run_plan", "seconds_left", "work"]

@@ -319,6 +319,11 @@ def test_the_forest_shows_what_the_differences_say() -> None:
     assert (drawn(right), right.get_xlabel()) == (([], []), "undefined here")
 
 
+def test_one_arm_has_nothing_to_be_compared_with() -> None:
+    with pytest.raises(ValueError, match="nothing to compare: the only arm is 'standard'"):
+        report.differences(report.frame(accurate(standard=[0.5, 0.6])), "standard", ["accuracy"])
+
+
 def test_a_forest_of_tables_that_were_put_together() -> None:
     frame = report.frame(RECORDS)
     parts = [report.differences(frame, "standard", [measure]) for measure in ("gini", "accuracy")]

@@ -105,6 +105,8 @@ def differences(
             both = values[[arm, reference]].dropna()
             row = {"name": name, "arm": arm, "reference": reference, "method": methods[arm], "measure": measure}
             rows.append({**row, "n": len(both), "seeds": len(seeds[arm] & seeds[reference]), **_compared(both)})
+    if not rows:
+        raise ValueError(f"nothing to compare: the only arm is '{frame['arm'].iloc[0]}', or no measure is named")
     out = pd.DataFrame(rows)
     families = out.groupby(family or (lambda _: 0), sort=False)["p"]
     return out.assign(p_holm=families.transform(lambda p: holm(p.tolist()).numpy()))
