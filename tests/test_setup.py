@@ -110,6 +110,7 @@ def test_every_package_is_installed(root: Path, pyproject: dict, tmp_path: Path)
     named = pyproject["tool"]["setuptools"]["packages"]
     folders = (p.parent.relative_to(root) for p in (root / "sdecor").rglob("__init__.py"))
     assert sorted(named) == sorted([".".join(folder.parts) for folder in folders] + ["sdecor_book"])
+    assert pyproject["project"]["scripts"] == {"sdecor": "sdecor.__main__:main"}
     places = python("import sdecor, sdecor_book; print(sdecor.__file__, sdecor_book.__file__)", cwd=tmp_path).split()
     assert [Path(place).parent for place in places] == [root / "sdecor", root / "book/tools"]
 

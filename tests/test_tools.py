@@ -11,7 +11,6 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -422,13 +421,6 @@ def test_as_a_module_from_anywhere(root: Path, tmp_path: Path) -> None:
     )
     assert tuple(done.stdout.split()) == execute.known()
     assert chapter.ROOT == root and (root / "book" / "experiments" / "mnist.md").exists()
-
-
-def test_every_package_is_installed(root: Path) -> None:
-    project = tomllib.loads((root / "pyproject.toml").read_text())
-    folders = {p.parent.relative_to(root) for p in (root / "sdecor").rglob("__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(p.parts) for p in folders} | {"sdecor_book"}
-    assert project["project"]["scripts"] == {"sdecor": "sdecor.__main__:main"}
 
 
 @pytest.mark.parametrize(
