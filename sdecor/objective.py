@@ -133,6 +133,8 @@ class Step:
     def _slope(self, of: Tensor, **how: bool) -> Tensor:
         if not self._input.requires_grad:
             raise ValueError("a term asks for the input gradient, but was entered with gradient=False")
+        if how.get("create_graph") and hasattr(self.model, "_orig_mod"):
+            raise ValueError("a term asks for a second derivative, which a compiled model has not: do not compile")
         with self._to_images():
             return input_gradient(of, self._input, self.target, **how)
 

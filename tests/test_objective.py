@@ -221,6 +221,10 @@ def test_a_gradient_penalty_is_differentiable_and_says_when_it_may_not_be() -> N
     step = Step(model, x, y, differentiable=False)
     with pytest.raises(ValueError, match="a term asks for the input gradient, but was entered with gradient=False"):
         _ = step.gradient
+    compiled = Step(torch.compile(model, backend="eager"), x, y)
+    assert torch.allclose(compiled.saliency, Step(model, x, y).saliency, rtol=1e-12)
+    with pytest.raises(ValueError, match="asks for a second derivative, which a compiled model has not"):
+        _ = compiled.log_probability_gradient
     assert {name for name, term in TERMS.items() if term.gradient} == {"consistency", "gradient_penalty"}
 
 
