@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,8 +44,10 @@ def _step(run: Run, shape: Mapping[str, int], batch: int, steps: int = 1, epochs
     return min(fit(network(run, shape), data, run.objective, short, progress=False, **how).seconds) / steps
 
 
-def check(course: Course, store: Store, root: Root = None) -> None:
+def check(course: Course, store: Store, root: Root = None, until: float = math.inf) -> None:
     """Take a step of every arm, on noise, so that what the data or a network make impossible is named at once.
+
+    At the time `until`, in seconds since the epoch, the rest is left for another time.
 
     Raises:
         ValueError: If an arm cannot be trained, or a claim is about what its records will not hold: features that its
@@ -56,6 +60,8 @@ def check(course: Course, store: Store, root: Root = None) -> None:
     torch.set_num_threads(1)  # so small a step is slower with more, and others may be working
     try:
         for name, run in ((name, run) for name, trials in course.possible().items() for run in trials):
+            if time.time() > until:
+                return
             if run.data not in shapes:
                 shapes[run.data] = _shape(run, store, root)
             kind = run.data, run.model, run.method, *run.objective.terms, *run.objective.settings.items()

@@ -330,7 +330,7 @@ def whole(one: Course, store: Store, said: Path, how: dict[str, Any], patches: d
     measures, fit = quick(), experiment.fit
     planned.GRACE = patches.get("grace", planned.GRACE)
     if patches.get("unchecked"):
-        planned.check = lambda *_: None
+        planned.check = lambda *_, **__: None
 
     def measure(*args: Any, **kwargs: Any) -> Any:
         time.sleep(patches.get("slow", 0.0))

@@ -51,6 +51,16 @@ def test_what_only_networks_and_data_show(tmp_path: Path, tables: dict[str, Any]
     assert files(Store(tmp_path)) == []
 
 
+def test_a_check_ends_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, tried = iter(range(100)), []
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(rehearsal, "_check_step", lambda run, shape: tried.append(run.method))
+    check(course(doses={}), Store(tmp_path), until=1)
+    assert tried == ["standard", "decorrelation"]
+    check(course(doses={}), Store(tmp_path))
+    assert tried[2:] == ["standard", "decorrelation", "noise"]
+
+
 def test_claims_are_about_features_that_there_are(tmp_path: Path) -> None:
     claim = {"name": "a", "text": "b", "arm": "decorrelation", "against": "standard", "direction": "lower"}
     arms = {"standard": {}, "decorrelation": {"settings": {"layers": ["conv1", "fc1"]}}}
