@@ -389,7 +389,8 @@ def test_a_response_is_the_difference_at_every_dose() -> None:
     one = doses({10.0: [0.7, 0.9], 0.1: [0.5, 0.7, 0.7]})  # the doses have other seeds than the reference
     other = doses({0.3: [0.4, float("nan")]}, "decorrelation-zca")
     frame = report.frame(base + one + other)
-    figure = report.response_figure(frame, "weight decorrelation", {"gini": ("G", 10, 2), "accuracy": ("a", 1, 1)})
+    panels = {"gini": ("G", 10, 2), "accuracy": ("a", 1, 1)}
+    figure = report.response_figure(frame, "weight decorrelation", panels, smallest={"gini": 0.02})
     ax, empty = figure.axes
     lines = {str(line.get_label()): line for line in ax.lines if not str(line.get_label()).startswith("_")}
     found = {label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()}
@@ -400,6 +401,8 @@ def test_a_response_is_the_difference_at_every_dose() -> None:
     seeds = [line for line in ax.lines if line.get_marker() == "."]
     assert [sum(np.isfinite(line.get_ydata())) for line in seeds] == [3, 2, 1]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.1", "0.3", "10"]
+    [band] = ax.patches
+    assert (band.get_y(), band.get_height(), list(empty.patches)) == (pytest.approx(-0.2), pytest.approx(0.4), [])
     assert (ax.get_title(), empty.get_title(), ax.get_xlabel()) == ("G ↑", "a ↑", "weight decorrelation")
 
 

@@ -6,7 +6,6 @@ import math
 import textwrap
 from collections.abc import Mapping
 from functools import partial
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -84,13 +83,21 @@ def _panel(ax: Axes, rows: pd.DataFrame, labels: pd.Series, names: list[str], fa
 
 
 def response_figure(
-    frame: pd.DataFrame, setting: str, panels: Columns, *, reference: str = "standard", per_row: int = 2
+    frame: pd.DataFrame,
+    setting: str,
+    panels: Columns,
+    *,
+    reference: str = "standard",
+    smallest: Mapping[str, float] | None = None,
+    per_row: int = 2,
 ) -> Figure:
     """How measures answer to a numeric setting, such as ``weight decorrelation``: a panel a measure, a line a method.
 
     Drawn are differences to the `reference` (an arm, or a method that has one) of the same seed, which itself stands at
-    0: a small dot a seed, and lines that join the means. The scale is linear up to the smallest value, and logarithmic
-    beyond. ValueError if the frame lacks the setting, or arms of a method differ in more than that.
+    0: a small dot a seed, moved a little sideways, and lines that join the means. The scale is linear up to the
+    smallest value, and logarithmic beyond. A grey band is where differences do not matter, if that is known: `smallest`
+    gives the smallest that matters, by measure. ValueError if the frame lacks the setting, or arms of a method differ
+    in more than that.
     """
     import matplotlib.pyplot as plt
 
@@ -112,11 +119,14 @@ def response_figure(
     for ax, (measure, (heading, factor, _)) in zip(axes.flat, columns.items(), strict=False):
         values = wide(frame, measure)
         gaps = factor * values.sub(values[against], axis=0)
+        if (matters := (smallest or {}).get(measure)) is not None:
+            ax.axhspan(-factor * matters, factor * matters, color="0.93", zorder=0)
         ax.axhline(0, color="0.35", linewidth=1)
-        for (method, rows), mark in zip(doses.groupby("method", sort=False), cycle(_MARKS), strict=False):
-            look = style(METHODS[str(method)]) | {"marker": mark}
+        for place, (method, rows) in enumerate(doses.groupby("method", sort=False)):
+            look = style(METHODS[str(method)]) | {"marker": _MARKS[place % len(_MARKS)]}
             for dose, arm in zip(rows[setting], rows["arm"], strict=True):
-                ax.plot([dose] * len(gaps), gaps[arm], ".", color=look["color"], markersize=4, alpha=0.7)
+                at = [dose * 1.25 ** (place - 1)] * len(gaps)
+                ax.plot(at, gaps[arm], ".", color=look["color"], markersize=5, alpha=0.7)
             ax.plot([0, *rows[setting]], [0, *gaps[rows["arm"]].mean()], linewidth=1.8, markersize=6, **look)
         ax.set_xscale("symlog", linthresh=ticks[1])
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
