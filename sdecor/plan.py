@@ -110,7 +110,7 @@ class _Typed:
 
 @dataclass(frozen=True)
 class Claim(_Typed):
-    """What is claimed of two arms, and what decides it: see `sdecor.report.verdict`."""
+    """What is claimed of two arms, and what decides it: see `sdecor.report.verdicts.verdict`."""
 
     name: str  #: Short, for tables.
     text: str  #: In words.

@@ -103,7 +103,7 @@ class Results:
         return {name: self.course.seeds_of(arm) for name, arm in self.course.arms.items()}
 
     def keys(self) -> dict[str, str]:
-        """Arm to the key of its run with seed 0, of arms with records: see `sdecor.report.verdict`."""
+        """Arm to the key of its run with seed 0, of arms with records: see `sdecor.report.verdicts.verdict`."""
         return {name: rs[0].run.but(seed=0).key for name, rs in self.records.items()}
 
     def names(self) -> dict[str, str]:
