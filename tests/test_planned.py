@@ -405,7 +405,7 @@ def test_two_commands_at_once_do_every_run_once(begin: Any, undisturbed: Any, tm
     assert [each[1:] for each in found] == [each[1:] for each in undisturbed]
 
 
-@pytest.mark.parametrize("after", [0, 3, 6])
+@pytest.mark.parametrize("after", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_kill_of_the_whole_group(begin: Any, undisturbed: Any, tmp_path: Path, after: int) -> None:
     """After so many records, at whatever is done then."""
     one, store = course(), Store(tmp_path / "store")

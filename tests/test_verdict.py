@@ -309,7 +309,7 @@ def drawn(draw: st.DrawFn) -> list[float]:
 
 
 @given(drawn(), DIRECTIONS, SMALLEST)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_swapping_the_arms_turns_the_direction(differences: list[float], direction: str, smallest: float) -> None:
     one = claim(direction, smallest)
     other = claim(OTHER[direction], smallest, arm="standard", against="noise")
@@ -320,7 +320,7 @@ def test_swapping_the_arms_turns_the_direction(differences: list[float], directi
 
 
 @given(drawn(), DIRECTIONS, SMALLEST, st.sampled_from([2.0**-10, 2.0, 2.0**20]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_unit_does_not_matter(differences: list[float], direction: str, smallest: float, unit: float) -> None:
     frame = moved(differences)
     a = report.verdict(frame, [claim(direction, smallest)]).iloc[0]
@@ -333,7 +333,7 @@ def test_the_unit_does_not_matter(differences: list[float], direction: str, smal
 @given(
     st.floats(-3, 3), st.floats(0.05, 5), st.integers(2, 8), st.integers(1, 20), DIRECTIONS, st.sampled_from([0.5, 2])
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_more_seeds_of_the_same_mean_and_spread_take_nothing_back(
     mean: float, sd: float, few: int, more: int, direction: str, smallest: float
 ) -> None:
@@ -346,7 +346,7 @@ def test_more_seeds_of_the_same_mean_and_spread_take_nothing_back(
 
 
 @given(drawn(), SMALLEST)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_verdicts_of_one_difference_agree(differences: list[float], smallest: float) -> None:
     higher, lower, equal = (word(differences, d, smallest) for d in ("higher", "lower", "equal"))
     assert (higher, lower) != (YES, YES)
@@ -359,7 +359,7 @@ def test_verdicts_of_one_difference_agree(differences: list[float], smallest: fl
 
 
 @given(st.lists(st.tuples(DIRECTIONS, SMALLEST), min_size=2, max_size=6), drawn(), drawn())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_more_claims_only_leave_more_open(asked: list[tuple[str, float]], one: list[float], other: list[float]) -> None:
     n = min(len(one), len(other))
     frame = moved(one[:n], decorrelation=np.add(base_of(n), other[:n]).tolist())
