@@ -146,9 +146,8 @@ def run_plan(
 
     Several workers share one GPU, or take several in turn, and have one CPU thread each unless `threads` says
     otherwise. `after` is called in this process, first, now and then, and at the end; an OSError of it ends the work
-    only if it comes first or last. What `check` raises ends everything at once. A run that fails is
-    left for another time, and after some of them the worker gives up; the others go on, and ChildProcessError says why
-    at the end.
+    only if it comes first or last. What `check` raises ends everything at once. A run that fails is left for another
+    time, and after some of them the worker gives up; the others go on, and ChildProcessError says why at the end.
     """
     deadline, where = time.time() + budget, device_of(device)
     count = threads or (1 if workers > 1 or where.type == "cuda" else None)
