@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
 from sdecor.registers import PENALTIES
-from sdecor.whitening import covariance, full_precision, grouped, whitening_matrix
+from sdecor.whitening import covariance, full_precision, grouped, whitened
 
 penalty = PENALTIES.register
 _VARIANCE_FLOOR = 1e-8  # below it a channel counts as constant: it correlates with nothing
@@ -40,8 +40,7 @@ def correlation(x: Tensor) -> Tensor:
 def zca(x: Tensor) -> Tensor:
     """Mean squared distance to the features' own ZCA-whitened version, which is held fixed."""
     with torch.no_grad():
-        mean, cov = covariance(x)
-        white = (x - mean) @ whitening_matrix(cov).mT
+        white, mean = whitened(x), x.mean(1, keepdim=True)
     return mse_loss(x - mean, white)  # the gradient through the mean is 0: both have mean 0
 
 

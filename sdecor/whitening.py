@@ -139,25 +139,33 @@ def newton_schulz(s: Tensor, *, iterations: int = 40, tolerance: float | None = 
 def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) -> Tensor:
     """``W`` ``(G, g, g)`` with ``W (cov + eps I) W' = I``; a sample is whitened as ``W (z - mean)``.
 
-    No less than the rounding error of `cov` is added, about its trace times the dtype's precision: below that, the
-    eigenvalues of redundant channels may be negative.
+    The work is done in float64. Where channels are redundant, the rounding of `cov` may leave negative eigenvalues; the
+    least of a float32 covariance is added to `eps`, and to a float64 one no less than its trace times 1e-14.
     """
     OneOf(METHODS).check("whitening method", method)
-    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-    rounding = 2 * torch.finfo(cov.dtype).eps * cov.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
-    s = cov + rounding.clamp_min(eps)[..., None, None] * identity
-    if method == "zca" and s.is_cuda:  # as exact, and unlike an eigendecomposition it does not wait for the GPU
-        return newton_schulz(s, iterations=25 if s.dtype == torch.float32 else 50, tolerance=0)
-    if method == "zca":
-        return inverse_sqrt(s)
-    if method == "newton_schulz":
-        return newton_schulz(s)
-    if method == "pca":
+    s = cov.double()
+    ridge = (64 * torch.finfo(s.dtype).eps * s.detach().diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(eps)
+    if cov.dtype != s.dtype:
+        ridge = torch.maximum(ridge, eps - torch.linalg.eigvalsh(s.detach())[..., 0])
+    identity = torch.eye(cov.shape[-1], dtype=s.dtype, device=cov.device)
+    s = s + ridge[..., None, None] * identity
+    if method == "zca":  # on a GPU an eigendecomposition, as exact, would have to be waited for
+        w = newton_schulz(s, iterations=50, tolerance=0) if s.is_cuda else inverse_sqrt(s)
+    elif method == "newton_schulz":
+        w = newton_schulz(s)
+    elif method == "pca":
         eigenvalues, u = torch.linalg.eigh(s)
-        w: Tensor = (u / eigenvalues.sqrt().unsqueeze(-2)).mT
+        w = (u / eigenvalues.sqrt().unsqueeze(-2)).mT
     else:
         w = torch.linalg.solve_triangular(torch.linalg.cholesky(s), identity.expand_as(s), upper=False)
-    return w
+    return w.to(cov.dtype)
+
+
+def whitened(x: Tensor, *, method: Method = "zca", eps: float = 1e-5) -> Tensor:
+    """Grouped samples ``(G, N, g)`` whitened with their own statistics, which are summed in float64."""
+    mean, cov = covariance(x.double())
+    white: Tensor = (x - mean) @ whitening_matrix(cov, method=method, eps=eps).mT
+    return white.to(x.dtype)
 
 
 def whiten(
@@ -169,9 +177,7 @@ def whiten(
     covariance I in each group. `eps` keeps constant channels and batches smaller than a group finite.
     """
     with torch.autocast(z.device.type, enabled=False):
-        x = grouped(full_precision(z), group_size, layer=layer)
-        mean, cov = covariance(x)
-        return ungrouped((x - mean) @ whitening_matrix(cov, method=method, eps=eps).mT, z)
+        return ungrouped(whitened(grouped(full_precision(z), group_size, layer=layer), method=method, eps=eps), z)
 
 
 class GroupWhitening(nn.Module):
@@ -205,17 +211,18 @@ class GroupWhitening(nn.Module):
         """Whiten ``(B, C)`` or ``(B, C, H, W)``; the shape is kept, half precision comes back as float32."""
         with torch.autocast(z.device.type, enabled=False):
             zf = full_precision(z)
-            x = grouped(zf, self.group_size, layer="GroupWhitening", at_least=2 if self.training else 0)
+            x = grouped(zf.double(), self.group_size, layer="GroupWhitening", at_least=2 if self.training else 0)
             if len(x) != len(self.running_mean):
                 made_for = self.running_mean.numel()
                 raise ValueError(f"GroupWhitening was made for {made_for} channels, got shape {tuple(z.shape)}")
-            mean, cov = covariance(x) if self.training else (self.running_mean.to(zf), self.running_covariance.to(zf))
+            mean, cov = covariance(x) if self.training else (self.running_mean, self.running_covariance)
             if self.training and self.track_running_stats:
                 with torch.no_grad():
                     unbiased = cov * (x.shape[1] / (x.shape[1] - 1))
                     self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
                     self.running_covariance.lerp_(unbiased.to(self.running_covariance), self.momentum)
-            return ungrouped((x - mean) @ whitening_matrix(cov, method=self.method, eps=self.eps).mT, zf)
+            w = whitening_matrix(cov, method=self.method, eps=self.eps).to(x)
+            return ungrouped((x - mean) @ w.mT, zf).to(zf.dtype)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""

@@ -260,3 +260,13 @@ def test_one_image_with_several_positions_is_enough() -> None:
     z = torch.randn(1, 4, 3, 3, dtype=F64)
     expected = FORMULAS["correlation"](z[0].flatten(1).T.numpy())
     assert float(decorrelation(z, group_size=4)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("samples", [4096, 65536])
+def test_distance_to_zca_of_redundant_channels_is_that_of_double_precision(samples: int) -> None:
+    for draw in range(5):
+        torch.manual_seed(draw)
+        a = 3 * torch.randn(samples, 2)
+        z = torch.cat([a, a @ torch.tensor([[1.0, 1.0], [1.0, -1.0]])], 1)
+        value, exact = (decorrelation(v, kind="zca", group_size=4) for v in (z, z.double()))
+        assert value.item() == pytest.approx(exact.item(), rel=1e-5) and 8 < exact < 10

@@ -468,3 +468,43 @@ def test_the_gradient_of_covariance_is_that_of_its_formula() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     assert gradcheck(lambda v: [part.square().sum() for part in covariance(v)], x)
     assert torch.autograd.grad(mean.sum(), x)[0].unique().tolist() == [1 / 40]
+
+
+def redundant(n: int, g: int, seed: int, scale: float = 3.0) -> Tensor:
+    """Float32 samples ``(n, g)`` of rank g / 2: sums and differences of independent channels beside these."""
+    torch.manual_seed(seed)
+    a = scale * torch.randn(n, g // 2)
+    return torch.cat([a, a @ torch.linalg.qr(torch.randn(g // 2, g // 2))[0] * 2**0.5], 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("g", [2, 4, 8, 16])
+def test_redundant_channels_in_single_precision(g: int, method: str) -> None:
+    for n, seed in ((4096, 0), (4096, 1), (65536, 2)):
+        for scale in (3.0, 3000.0):
+            z = redundant(n, g, seed, scale)
+            white, exact = whiten(z, g, method=method), whiten(z.double(), g, method=method)
+            # the directions without variance are those where rounding, over the ridge, shows
+            worst = 2 * torch.finfo(torch.float32).eps * z.abs().max() * g / 1e-5**0.5
+            if method != "pca":  # whose axes may change places
+                torch.testing.assert_close(white.double(), exact, rtol=1e-4, atol=float(worst))
+            assert white.abs().max() < 8 + worst
+            # of a covariance that was summed in single precision, by the least eigenvalue that is left
+            cov = covariance(grouped(z, g))[1]
+            w = whitening_matrix(cov, method=method)
+            assert w.isfinite().all() and torch.linalg.matrix_norm(w, 2).max() < 0.99e-5**-0.5
+
+
+def test_a_covariance_in_single_precision_gets_what_its_least_eigenvalue_lacks() -> None:
+    u = rotation(3)
+    cov = ((u * torch.tensor([-0.3, 1.0, 4.0], dtype=F64)) @ u.mT)[None].float()
+    w = whitening_matrix(cov, eps=0.1)
+    torch.testing.assert_close(w[0], inverse_sqrt(cov[0] + 0.4 * torch.eye(3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("g", [2, 4, 8, 12, 16, 32])
+def test_a_spread_of_a_thousand_is_white_in_single_precision(g: int) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(4096, g) * torch.logspace(0, 3, g)
+    cov = covariance(grouped(whiten(z, g).double(), g))[1][0]
+    torch.testing.assert_close(cov, torch.eye(g, dtype=F64), rtol=0, atol=2e-5)  # 1e-5 is the ridge over variance 1
