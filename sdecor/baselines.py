@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from sdecor.models import default_layers, layer
+from sdecor.models import channels_first, default_layers, layer
 from sdecor.objective import Step, classification, consistency, decorrelation, frozen_statistics, term
 from sdecor.registers import METHODS, Between, Method
 from sdecor.saliency import input_gradient, quick_slope
@@ -62,14 +62,20 @@ def attacked(step: Step, radius: float) -> Tensor:
 
 
 @contextmanager
-def whitened_on_the_way(model: nn.Module, layers: tuple[str, ...], group_size: int | None) -> Iterator[None]:
-    """Let the layers of these names pass on their features whitened, with the statistics of the batch."""
+def whitened_on_the_way(
+    model: nn.Module, layers: tuple[str, ...], group_size: int | None, images: Tensor
+) -> Iterator[None]:
+    """Let the layers of these names pass on their features of `images` whitened, with the statistics of the batch."""
 
     def hook(name: str) -> Callable[..., Tensor]:
-        return lambda _m, _i, output: whiten(output, group_size, layer=name).to(output.dtype)
+        def white(module: nn.Module, _i: Any, output: Tensor) -> Tensor:
+            z = channels_first(output, module, images)
+            result = whiten(z, group_size, layer=name).to(output.dtype)
+            return result if z is output else result.movedim(1, -1)
 
-    own = getattr(model, "_orig_mod", model)  # of a compiled model
-    handles = [m.register_forward_hook(hook(name)) for name, m in [(name, layer(own, name)) for name in layers]]
+        return white
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in [(name, layer(model, name)) for name in layers]]
     try:
         yield
     finally:
@@ -87,14 +93,17 @@ def whitened_classification(
     same weights have to classify both ways. The options are those of the decorrelation term.
     """
     _ = step.logits
-    with whitened_on_the_way(step.model, step.layers, group_size), frozen_statistics(step.model):
+    with whitened_on_the_way(step.model, step.layers, group_size, step.images), frozen_statistics(step.model):
         logits = step.model(step.images)
     return cross_entropy(full_precision(logits), step.target)
 
 
-def with_whitening(model: nn.Module) -> nn.Module:
-    """Put group-wise ZCA behind the last block: before the average over positions, else behind the last convolution."""
-    modules, conv = dict(model.named_modules()), default_layers(model)[0]
+def with_whitening(model: nn.Module, images: Tensor) -> nn.Module:
+    """Put group-wise ZCA behind the last block: before the average over positions, else behind the last convolution.
+
+    The `images` are those of `sdecor.models.default_layers`.
+    """
+    modules, conv = dict(model.named_modules()), default_layers(model, images)[0]
     if not isinstance(modules[conv], nn.Conv2d):
         raise ValueError(f"whitening needs a convolution to go behind, and {type(model).__name__} has none")
     behind = list(modules)[list(modules).index(conv) + 1 :]

@@ -29,7 +29,7 @@ from sdecor.images import ImageData, ImageStream
 from sdecor.masking import replacement
 from sdecor.measures import faithfulness, localization, representation, robustness, sanity
 from sdecor.measures.case import RECOMMENDED, Case, available, evaluate, needs, table
-from sdecor.models import default_layers
+from sdecor.models import channels_first, default_layers, layer, uncompiled
 from sdecor.objective import capture
 from sdecor.prepare import data_of
 from sdecor.registers import ATTRIBUTIONS, MEASURES
@@ -89,7 +89,8 @@ def measure(
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
-    names, data = layers or default_layers(model), data.to(device)
+    model, data = uncompiled(model).to(device), data.to(device)
+    names = layers or default_layers(model, next(data.subset(1).batches(1))[0])
     per_image: dict[str, list[Tensor]] = defaultdict(list)
     curves: dict[str, list[Tensor]] = defaultdict(list)
     statistics = {name: representation.Covariance() for name in names}
@@ -97,10 +98,10 @@ def measure(
     generator = torch.Generator(device).manual_seed(seed)
     black = torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)], device=device).view(1, -1, 1, 1)
     add = partial(_add_curves, curves, model, black=black, generator=generator)
-    with capture(model.to(device), names) as features:
+    with capture(model, names) as features:
         for case, y in _explained(model, data, batch_size, seed):
             for name, z in features.items():
-                statistics[name].update(z)
+                statistics[name].update(channels_first(z, layer(model, name), case["images"]))
             values = {"accuracy": case["target"] == y}
             values |= evaluate(case, [name for name in available(case) if name in of_map])
             if case.mask is not None:

@@ -8,14 +8,17 @@ and no weights are fetched. Seed torch before `build` for a reproducible initial
 from __future__ import annotations
 
 import importlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from sdecor.registers import MODELS, Between, OneOf
+from sdecor.saliency import frozen_eval, logits_of
 
 model = MODELS.register
 PLACES = ("before", "after")
@@ -158,62 +161,92 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     return net
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile`` was given, whose layers have the names that a user knows."""
+    own: nn.Module = getattr(model, "_orig_mod", model)
+    return own
+
+
 def layer(model: nn.Module, name: str) -> nn.Module:
     """The layer of that name in `named_modules()`; a ValueError that lists those that there are, if there is none.
 
     >>> layer(build("lenet", 1, 10, 28), "fc3").out_features
     10
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(uncompiled(model).named_modules())
     if not name or name not in modules:
         raise ValueError(f"unknown layer {name!r}; this model has: {', '.join(n for n in modules if n)}")
     return modules[name]
 
 
-def default_layers(model: nn.Module, *, place: str = "before") -> tuple[str, ...]:
+def default_layers(model: nn.Module, images: Tensor, *, place: str = "before") -> tuple[str, ...]:
     """Name the layers to decorrelate: the last convolution and the penultimate linear layer, in this order.
 
     Both are taken before normalization and nonlinearity, or with the `place` ``after`` behind these. The rule goes by
-    the order in which modules are defined, and works on any `nn.Module`; to find neither is a ValueError.
+    the order in which modules act on `images` (B, C, H, W), of which one is enough, in evaluation mode, and works on
+    any `nn.Module`; one that is defined and not used does not count. To find neither is a ValueError.
 
-    - The head is the last `nn.Linear`, or without one the last `nn.Conv2d`.
+    - The head is the `nn.Linear` whose output the logits are, else the last one, else the last `nn.Conv2d`.
     - The convolution is the last `nn.Conv2d` before it; a patch embedding (kernel as large as the stride, larger than
       one) is none.
     - The linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
       them; otherwise the last 2-D pooling to one position after that convolution (`avgpool` of a residual network).
-    - Behind the nonlinearity is the next activation defined beside the layer, else the block that the layer is in; a
-      pooling stays.
+    - Behind the nonlinearity is the next activation beside the layer, if it acts once, else the block that the layer is
+      in; a pooling stays.
 
-    >>> default_layers(build("lenet", 1, 10, 28))
+    >>> import torch
+    >>> default_layers(build("lenet", 1, 10, 28), torch.zeros(1, 1, 28, 28))
     ('conv2', 'fc2')
     """
-    names, kinds = zip(*model.named_modules(), strict=True)
-    head = _last(kinds, nn.Linear)
+    OneOf(PLACES).check("place", place)
+    model = uncompiled(model)
+    calls, outputs, logits = _calls(model, images[:1])
+    names, kinds = [name for name, _ in calls], [module for _, module in calls]
+    giving = [i for i, out in enumerate(outputs) if out is not None and torch.equal(out, logits)]
+    head = _last(kinds, nn.Linear) if not giving else max(giving)
     body = kinds[: max(head if head >= 0 else _last(kinds, nn.Conv2d), 0)]
     conv = _last(body, nn.Conv2d, lambda m: not 1 < m.kernel_size[0] == m.stride[0])
     linear = _last(body, nn.Linear)
     if linear < _last(body, nn.Conv2d | nn.MultiheadAttention | nn.LayerNorm):
         pool = _last(body, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, lambda m: m.output_size in (1, (1, 1)))
         linear = pool if pool > conv else -1
-    found = tuple(names[i] for i in (conv, linear) if i >= 0)
+    found = [i for i in (conv, linear) if i >= 0]
     if not found:
-        known = ", ".join(filter(None, names))
+        known = ", ".join(name for name, _ in model.named_modules() if name)
         raise ValueError(f"no default layers found in {type(model).__name__}; pass layers=, some of: {known}")
-    OneOf(PLACES).check("place", place)
-    return found if place == "before" else tuple(_activated(model, name) for name in found)
+    return tuple(names[i] if place == "before" else _activated(model, calls, i) for i in found)
 
 
-def _activated(model: nn.Module, name: str) -> str:
+def _calls(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, nn.Module]], list[Tensor | None], Tensor]:
+    """Names and modules without parts of their own (attention counts whole), call by call; what linear ones gave."""
+    calls: list[tuple[str, nn.Module]] = []
+    outputs: list[Tensor | None] = []
+
+    def note(module: nn.Module, _i: Any, output: Any, name: str = "") -> None:
+        calls.append((name, module))
+        outputs.append(output.clone() if isinstance(module, nn.Linear) else None)
+
+    whole = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) or not [*m.children()]]
+    handles = [m.register_forward_hook(partial(note, name=name)) for name, m in whole]
+    try:
+        with torch.no_grad(), frozen_eval(model):
+            logits = logits_of(model, x, finite=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, outputs, logits
+
+
+def _activated(model: nn.Module, calls: Sequence[tuple[str, nn.Module]], place: int) -> str:
     """Name of the module that gives the features of a layer after their nonlinearity."""
-    block, _, own = name.rpartition(".")
-    children = dict(model.get_submodule(block).named_children())
-    if isinstance(children[own], nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+    name, module = calls[place]
+    if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
         return name
-    behind = list(children)[list(children).index(own) + 1 :]
-    for sibling in behind:
-        module = children[sibling]
-        if type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.MultiheadAttention):
-            return f"{block}.{sibling}".lstrip(".")
+    block, times = name.rpartition(".")[0], Counter(other for other, _ in calls)
+    for other, behind in calls[place + 1 :]:
+        activation = type(behind).__module__ == nn.ReLU.__module__ and not isinstance(behind, nn.MultiheadAttention)
+        if activation and other.rpartition(".")[0] == block and times[other] == 1:
+            return other
     if not block:
         raise ValueError(f"no activation follows the layer '{name}' of {type(model).__name__}; pass layers=")
     return block
@@ -221,6 +254,23 @@ def _activated(model: nn.Module, name: str) -> str:
 
 def _last(modules: Sequence[nn.Module], kind: Any, wanted: Callable[[Any], bool] = lambda module: True) -> int:
     return max((i for i, module in enumerate(modules) if isinstance(module, kind) and wanted(module)), default=-1)
+
+
+_FIRST = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+def channels_first(z: Tensor, module: nn.Module, images: Tensor) -> Tensor:
+    """Features that a module gives for `images` (B, C, H, W), as (B, C, h, w) where it puts the channels last.
+
+    A linear layer and a layer norm act on the last dimension, a convolution has its channels in the second. What other
+    modules do is read from the shape: the one of (h, w) that has the proportions of the images. Where both have, the
+    channels count as first. Features with another number of dimensions come back as they are.
+    """
+    if z.ndim != 4 or isinstance(module, _FIRST):
+        return z
+    tall, wide = images.shape[2:]
+    first, last = (z.shape[i] * wide == z.shape[i + 1] * tall for i in (2, 1))
+    return z.movedim(-1, 1) if type(module) in (nn.Linear, nn.LayerNorm) or (last and not first) else z
 
 
 def _factory(name: str) -> Callable[..., Any]:

@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from sdecor.config import Objective
 from sdecor.decorrelation import decorrelation as penalized
 from sdecor.masking import lowest, masked, replacement
-from sdecor.models import PLACES, default_layers, layer
+from sdecor.models import PLACES, channels_first, default_layers, layer
 from sdecor.registers import FILLS, METHODS, PENALTIES, SCORES, TERMS, Between, Method, OneOf, OnlyWith
-from sdecor.saliency import input_gradient, quick_slope
+from sdecor.saliency import input_gradient, logits_of, quick_slope
 from sdecor.whitening import GroupWhitening, full_precision
 
 term = TERMS.register
@@ -33,7 +33,10 @@ FillValue = Annotated[float, OnlyWith("fill", "constant")]
 
 @contextmanager
 def capture(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of layers, by their names in ``named_modules()``: a dictionary that each pass refills."""
+    """Collect the outputs of layers, by their names in ``named_modules()``: a dictionary that each pass refills.
+
+    They are copies, since a later operation of the model may work in place.
+    """
     found: dict[str, Tensor] = {}
     handles = []
     for name, module in [(name, layer(model, name)) for name in layers]:  # all looked up before the first hook
@@ -41,7 +44,7 @@ def capture(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Ten
         def keep(_m: nn.Module, _i: Any, output: Any, name: str = name) -> None:
             if not isinstance(output, Tensor):
                 raise ValueError(f"layer '{name}' returns a {type(output).__name__}; decorrelation needs a tensor")
-            found[name] = output
+            found[name] = output.clone()
 
         handles.append(module.register_forward_hook(keep))
     try:
@@ -100,7 +103,7 @@ class Step:
             self.captured.clear()  # of what an earlier pass left
         quick = quick_slope(self.model, self._input) if self._input.requires_grad else nullcontext(nullcontext)
         with quick as self._to_images:
-            out: Tensor = self.model(self._input)
+            out = logits_of(self.model, self._input, finite=False)  # what is not, training says of the loss
         self._kept["features"] = dict(self.captured or {})  # before another pass refills it
         return out
 
@@ -113,7 +116,7 @@ class Step:
         reached: dict[str, Tensor] = self._kept["features"]
         if missed := [name for name in self.layers if name not in reached]:
             raise ValueError(f"the forward pass did not reach the layers {', '.join(missed)}")
-        return {name: reached[name] for name in self.layers}
+        return {n: channels_first(reached[n], layer(self.model, n), self.images) for n in self.layers}
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -254,17 +257,20 @@ def losses(
     *,
     generator: torch.Generator | None = None,
     features: dict[str, Tensor] | None = None,
+    layers: tuple[str, ...] | None = None,
 ) -> dict[str, Tensor]:
     """All terms of one step; call ``["total"].backward(inputs=parameters)`` on the result.
 
     Naming the parameters spares the gradient by the images. The arguments are those of a `Step`, the objective, and the
-    dictionary of a `capture` that is already open, as a compiled model needs; None opens one. The result has the
-    unweighted terms by name, and their weighted sum as ``total``: scalars with a graph.
+    dictionary of a `capture` that is already open, as a compiled model needs, of these `layers`; None opens one, and
+    finds the layers by a pass of one image. The result has the unweighted terms by name, and their weighted sum as
+    ``total``: scalars with a graph.
     """
-    layers = layers_of(model, objective)
+    if layers is None:
+        layers = layers_of(model, objective, x)
     if layers and features is None:
         with capture(model, layers) as features:
-            return losses(model, x, y, objective, generator=generator, features=features)
+            return losses(model, x, y, objective, generator=generator, features=features, layers=layers)
     asks = any(TERMS[name].gradient for name in objective.terms)
     step = Step(model, x, y, layers=layers, captured=features, generator=generator, differentiable=asks)
     out: dict[str, Tensor] = {name: TERMS[name].function(step, **objective.of(name)) for name in objective.terms}
@@ -272,12 +278,15 @@ def losses(
     return {**out, "total": sum(others, first)}
 
 
-def layers_of(model: nn.Module, objective: Objective) -> tuple[str, ...]:
-    """The layers whose features the terms look at: the setting ``layers``, or the default ones; none without it."""
+def layers_of(model: nn.Module, objective: Objective, images: Tensor) -> tuple[str, ...]:
+    """The layers whose features the terms look at: the setting ``layers``, or the default ones; none without it.
+
+    The `images` are those of `sdecor.models.default_layers`.
+    """
     if "layers" not in objective.settings:
         return ()
-    own, place = getattr(model, "_orig_mod", model), objective.settings.get("place", "before")  # if it is compiled
-    return objective.settings["layers"] or default_layers(own, place=place)
+    place = objective.settings.get("place", "before")
+    return objective.settings["layers"] or default_layers(model, images, place=place)
 
 
 __all__ = ["METHODS", "Objective", "Step", "capture", "divergence", "frozen_statistics", "losses", "term"]

@@ -327,7 +327,7 @@ class Method(Entry):
     terms: Mapping[Any, float] = field(default_factory=dict, kw_only=False)  #: Name of a term, or itself, to weight.
     settings: Mapping[str, Any] = field(default_factory=dict)  #: Options of terms that are the method's for good.
     dash: Any = "-"  #: Line style in figures, as matplotlib takes it.
-    network: Callable[[Any], Any] | None = None  #: What it changes of the network, if anything, before training.
+    network: Callable[[Any, Any], Any] | None = None  #: What it makes of a network before training, and of an image.
 
     def __post_init__(self) -> None:
         named = {t if isinstance(t, str) else t.__name__: float(weight) for t, weight in self.terms.items()}

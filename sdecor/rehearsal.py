@@ -87,7 +87,8 @@ def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) 
     if not (claims := [claim for claim in course.claims if arm in (claim.arm, claim.against)]):
         return
     model = network(run, shape)
-    layers = run.objective.settings.get("layers") or default_layers(model)
+    image = torch.zeros(1, shape["channels"], *[shape["image_size"]] * 2)
+    layers = run.objective.settings.get("layers") or default_layers(model, image)
     known = [f"{measure}_{layer}" for measure in OF_LAYERS for layer in layers]
     for claim in claims:
         what = f"measure of claim '{claim.name}'"

@@ -3,8 +3,9 @@
 A score is a registered function that asks by the names of its parameters for ``gradient`` ``(B, C, H, W)``, ``images``
 ``(B, C, H, W)`` or ``generator``, and gives ``(B, H, W)``; the lowest scores are masked first.
 
-A model is any classifier ``(B, C, H, W) -> (B, K)``; its mode and flags are restored. Logits are ``(B, K)``, images `x`
-``(B, C, H, W)``, a target class indices ``(B,)``, where None takes the predicted class. Others are a ValueError.
+A model is any classifier ``(B, C, H, W) -> (B, K)`` of two classes or more; its mode and flags are restored. Logits are
+``(B, K)``, images `x` ``(B, C, H, W)``, a target class indices ``(B,)``, or one class for all images, where None takes
+the predicted class. Others are a ValueError.
 """
 
 from __future__ import annotations
@@ -97,33 +98,69 @@ def quick_slope(model: nn.Module, x: Tensor) -> Iterator[Callable[[], AbstractCo
 
 def logits_and_gradient(model: nn.Module, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits and input gradient of a trained model, in evaluation mode, from one forward pass; both detached."""
-    target = checked_images(x, target)
-    with frozen_eval(model), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), frozen_eval(model):
+        target = checked_images(x, target)
         leaf = x.detach().clone().requires_grad_()
         with quick_slope(model, leaf) as slope:
-            logits = model(leaf)
+            logits = logits_of(model, leaf)
         with slope():
             return logits.detach(), input_gradient(logits, leaf, classes_of(logits, target))
 
 
-def checked_images(x: Tensor, target: Tensor | None = None) -> Tensor | None:
+def checked_images(x: Tensor, target: Any = None) -> Tensor | None:
     """Check images, which must be finite, and a target before a forward pass; the target as int64 on their device."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a tensor of images (B, C, H, W), got {type(x).__name__}; pass torch.as_tensor(x)")
     if x.ndim != 4 or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(f"x must be floating images (B, C, H, W), not empty; got {x.dtype} of shape {tuple(x.shape)}")
     if not x.isfinite().all():
         raise ValueError("x has NaN or infinity")
     if target is None:
         return None
-    if target.dtype == torch.bool or target.is_floating_point() or target.shape != x.shape[:1]:
-        got = f"{target.dtype} of shape {tuple(target.shape)}"
+    try:
+        classes = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"target must be class indices, integers of shape ({len(x)},); got {target!r}") from None
+    if classes.dtype == torch.bool or classes.is_floating_point() or classes.shape not in (x.shape[:1], ()):
+        got = f"{classes.dtype} of shape {tuple(classes.shape)}"
         raise ValueError(f"target must be class indices, integers of shape ({len(x)},); got {got}")
-    return target.to(x.device, torch.int64)
+    return classes.to(x.device, torch.int64, copy=True).expand(len(x))
+
+
+def logits_of(model: nn.Module, x: Tensor, *, finite: bool = True) -> Tensor:
+    """What a classifier gives for images: a floating tensor ``(B, K)``, K >= 2, finite unless told otherwise.
+
+    Every function that needs logits gets them here, so that no other output is taken for a score in silence.
+    """
+    try:
+        output = model(x)
+    except RuntimeError as error:
+        own = next(model.parameters(), x)
+        if (own.dtype, own.device) == (x.dtype, x.device):
+            raise
+        have, want = (f"{t.dtype} on {t.device}" for t in (x, own))
+        raise ValueError(f"the images are {have}, the model is {want}; convert one of them with .to()") from error
+    return checked_logits(output, len(x), finite=finite)
+
+
+def checked_logits(output: Any, rows: int, *, finite: bool = True) -> Tensor:
+    """The output of a model, if it is what `logits_of` says."""
+    wanted = "model must return logits (B, K)"
+    if not isinstance(output, Tensor):
+        raise ValueError(f"{wanted} as a tensor, it returned a {type(output).__name__}; wrap it to return that alone")
+    if output.ndim != 2 or len(output) != rows or not output.is_floating_point():
+        raise ValueError(f"{wanted}, it returned {output.dtype} of shape {tuple(output.shape)} for {rows} images")
+    if output.shape[1] < 2:
+        binary = "of one logit z, torch.cat([torch.zeros_like(z), z], 1) has the same probabilities"
+        raise ValueError(f"{wanted} of two classes or more, it returned {output.shape[1]}; {binary}")
+    if finite and not output.isfinite().all():
+        bad = int((~output.isfinite().all(1)).sum())
+        raise ValueError(f"{wanted} that are finite, it returned NaN or infinity for {bad} of {rows} images")
+    return output
 
 
 def classes_of(logits: Tensor, target: Tensor | None = None) -> Tensor:
     """The target, checked against the logits, as an index out of range would end CUDA for the whole process."""
-    if logits.ndim != 2:
-        raise ValueError(f"model must return logits (B, K), it returned shape {tuple(logits.shape)}")
     if target is None:
         return logits.argmax(1)
     if len(bad := target[(target < 0) | (target >= logits.shape[1])]):

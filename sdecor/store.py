@@ -103,9 +103,12 @@ def _short(value: Any) -> Any:
 
 def network(run: Run, shape: Mapping[str, int]) -> nn.Module:
     """The fresh network of a run, for images and classes of this `SHAPE`, with what its method changes of it."""
-    model = build(run.model.name, *(shape[name] for name in SHAPE), **dict(run.model.options))
-    change = METHODS[run.method].network
-    return change(model) if change else model
+    channels, classes, side = (shape[name] for name in SHAPE)
+    model, change = (
+        build(run.model.name, channels, classes, side, **dict(run.model.options)),
+        METHODS[run.method].network,
+    )
+    return change(model, torch.zeros(1, channels, side, side)) if change else model
 
 
 class Store:

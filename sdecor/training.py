@@ -21,8 +21,9 @@ from sdecor._files import replace_atomically, set_aside
 from sdecor.config import Objective, Schedule
 from sdecor.graphs import Captured
 from sdecor.images import ImageData, ImageStream
+from sdecor.models import uncompiled
 from sdecor.objective import capture, layers_of, losses
-from sdecor.saliency import frozen_eval
+from sdecor.saliency import frozen_eval, logits_of
 
 log = logging.getLogger("sdecor")
 
@@ -44,6 +45,10 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device '{name}'; use cpu, cuda (or cuda:0, cuda:1, ...) or auto") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(
+            f"device '{name}' is none that sdecor computes on; use cpu, cuda (or cuda:0, cuda:1, ...) or auto"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"torch {torch.__version__} finds {torch.cuda.device_count() or 'no'} CUDA GPU"
         raise ValueError(f"device='{name}' was asked for, but {found}; use device='cpu'")
@@ -147,13 +152,34 @@ def _kept(
     return done, save
 
 
-def _check_labels(model: nn.Module, x: Tensor, labels: Tensor) -> None:
-    """Raise unless every label has a logit: on a GPU it would be a crash, and -100 would be skipped."""
-    with torch.no_grad(), frozen_eval(model):
-        classes = model(x[:1]).shape[1]
-    low, high = (int(v) for v in torch.aminmax(labels))
+@contextmanager
+def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.device) -> Iterator[torch.memory_format]:
+    """Put the model on a device, with channels last if it can work so, and leave it with the strides that it had.
+
+    One pass over the first images finds that out. It also shows whether every label has a logit: on a GPU it would be a
+    crash, and -100 would be skipped.
+    """
+    strided = [p for p in model.parameters() if not nn.parameter.is_lazy(p) and p.is_contiguous()]
+    x, _ = next(train.subset(torch.arange(min(2, len(train)))).batches(2))
+    x, problem = x.to(where), ""
+    for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
+        try:
+            model.to(where, memory_format=layout)  # type: ignore[call-overload]
+            with torch.no_grad(), frozen_eval(model):
+                classes = logits_of(model, x.to(memory_format=layout), finite=False).shape[1]
+            break
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0]
+    else:
+        raise ValueError(f"{type(model).__name__} cannot take images of shape {tuple(x.shape)}: {problem}")
+    low, high = (int(v) for v in torch.aminmax(train.labels))
     if low < 0 or high >= classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}, as the model gives {classes} logits, got {low}..{high}")
+    try:
+        yield layout
+    finally:
+        for p in strided:
+            p.data = p.data.contiguous()
 
 
 def fit(
@@ -200,24 +226,28 @@ def fit(
         FloatingPointError: If a loss term is not finite; names the term and the step.
     """
     plan, where = schedule or Schedule(), device_of(device)
+    model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
     if len(train) == 0:
         raise ValueError("train holds no images to learn from")
     description = f"{objective}, {plan}, seed={seed}, images={len(train)}"
-    model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so, on CPUs too
-    optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad], where)
     history = History({name: [] for name in (*objective.terms, "total")})
-    done, save = _kept(checkpoint, description, history, spare, model=model, optimizer=optimizer)
-    rate = _rate(optimizer, where)
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
     how: dict[str, Any] = {"shuffle": True, "augment": plan.augment, "drop_last": len(train) >= plan.batch_size}
-    with ExitStack() as stack:
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(_own_state(where))
-        features = stack.enter_context(capture(model, layers_of(model, objective)))
+        torch.manual_seed(seed)  # of layers that are made when they see the first images
+        layout = stack.enter_context(_laid_out(model, data, where))
+        optimizer = _optimizer(plan, model, where)
+        done, save = _kept(checkpoint, description, history, spare, model=model, optimizer=optimizer)
+        rate = _rate(optimizer, where)
+        layers = layers_of(model, objective, next(data.subset(torch.arange(1)).batches(1))[0].to(where))
+        features = stack.enter_context(capture(model, layers))
         forward = stack.enter_context(_compiled(model)) if compiled else model
         bar = stack.enter_context(_bar(done * steps, plan.epochs * steps, progress))
         order, noise = torch.Generator(where), torch.Generator(where)
-        step = _stepper(forward, objective, optimizer, plan.clip, features=features, generator=noise, amp=amp)
+        seen: dict[str, Any] = {"features": features, "layers": layers, "generator": noise}
+        step = _stepper(forward, objective, optimizer, plan.clip, amp=amp, **seen)
         train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
@@ -225,9 +255,7 @@ def fit(
             model.train()
             sums = _Sums([*history.terms], epoch * steps, where.type == "cpu")
             for x, y in data.batches(plan.batch_size, generator=order, **how):
-                x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
-                if epoch == done and sums.steps == 0:
-                    _check_labels(model, x, train.labels)
+                x, y = x.to(where, memory_format=layout), y.to(where)
                 rate(plan.rate(epoch * steps + sums.steps, plan.epochs * steps))
                 sums.add(train_step(x, y))
                 bar.update()
@@ -248,24 +276,25 @@ def _stepper(
     optimizer: torch.optim.Optimizer,
     clip: float | None,
     *,
-    features: dict[str, Tensor],
-    generator: torch.Generator,
     amp: bool,
+    **seen: Any,
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """One step of training: from images and labels to the terms, as constants."""
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            terms = losses(model, x, y, objective, generator=generator, features=features)
+            terms = losses(model, x, y, objective, **seen)
         _descend(optimizer, terms["total"], clip)
-        features.clear()  # they hold the graph of the step
+        seen["features"].clear()  # they hold the graph of the step
         return {name: value.detach() for name, value in terms.items()}
 
     return step
 
 
-def _optimizer(plan: Schedule, parameters: list[nn.Parameter], where: torch.device) -> torch.optim.Optimizer:
+def _optimizer(plan: Schedule, model: nn.Module, where: torch.device) -> torch.optim.Optimizer:
     """On a GPU in one kernel, which reads the rate from there, so that a captured step finds the one of today."""
+    if not (parameters := [p for p in model.parameters() if p.requires_grad]):
+        raise ValueError(f"{type(model).__name__} has no parameter to train: none has requires_grad")
     how: dict[str, Any] = {"lr": plan.lr, "weight_decay": plan.weight_decay}
     if where.type == "cuda":
         how |= {"lr": torch.tensor(plan.lr, device=where), "fused": True}
@@ -336,7 +365,7 @@ def evaluate(
     right, loss = 0.0, 0.0
     with frozen_eval(model):
         for x, y in data.batches(batch_size):
-            logits, y = model(x.to(where)).float(), y.to(where)
+            logits, y = logits_of(model, x.to(where)).float(), y.to(where)
             right += float((logits.argmax(1) == y).sum())
             loss += float(cross_entropy(logits, y, reduction="sum"))
     return {"accuracy": right / len(data), "cross_entropy": loss / len(data)}

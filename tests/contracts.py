@@ -200,7 +200,7 @@ def small() -> tuple[nn.Module, Tensor, Tensor]:
 @promise("term")
 def term_is_a_finite_number_with_a_finite_gradient(entry: Term) -> None:
     model, x, y = small()
-    layers, asks = default_layers(model), entry.gradient
+    layers, asks = default_layers(model, x), entry.gradient
     with unchanged(entry, x, y), capture(model, layers) as found:
         step = Step(model, x, y, layers=layers, captured=found, generator=seed(), differentiable=asks)
         out = entry.function(step, **entry.checked({}))

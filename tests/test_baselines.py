@@ -196,7 +196,7 @@ def test_one_generator_one_attack() -> None:
 def test_an_attack_leaves_model_images_and_features_as_they_are() -> None:
     model, (x, y) = normed(), data(size=8)
     model.get_parameter("conv1.weight").requires_grad_(False)
-    before, names, modes = copy.deepcopy(model), default_layers(model), flags(model)
+    before, names, modes = copy.deepcopy(model), default_layers(model, x), flags(model)
     images = x.clone()
     attacked(Step(model, x, y, generator=noise()), 0.1)
     assert same(list(model.state_dict().values()), list(before.state_dict().values()))
@@ -259,7 +259,7 @@ def loud(model: nn.Module) -> nn.Module:
 def test_the_next_layers_get_white_features_and_nobody_later() -> None:
     model, (x, _) = loud(Smooth()), data(200)
     with reaching(model, "tanh1", "tanh2") as found:
-        with whitened_on_the_way(model, ("conv", "hidden"), 2):
+        with whitened_on_the_way(model, ("conv", "hidden"), 2, x):
             model(x)
         for features in found.values():
             assert_white(features, 2, 1e-3)
@@ -272,7 +272,7 @@ def test_the_next_layers_get_white_features_and_nobody_later() -> None:
 
 def test_it_is_the_loss_of_the_network_with_whitening_layers() -> None:
     model, (x, y) = normed(), data(40, size=8)
-    with capture(model, names := default_layers(model)) as found:
+    with capture(model, names := default_layers(model, x)) as found:
         step = Step(model, x, y, layers=names, captured=found, differentiable=False)
         value = whitened_classification(step, group_size=8)
         clean = step.features
@@ -295,7 +295,7 @@ def of_plain(x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
 
 def test_half_precision_stays_half_precision() -> None:
     model, x = lenet().bfloat16(), batch()[0].bfloat16()
-    with reaching(model, "relu4") as found, whitened_on_the_way(model, ("fc2",), 16):
+    with reaching(model, "relu4") as found, whitened_on_the_way(model, ("fc2",), 16, x):
         assert model(x).dtype == torch.bfloat16
     assert found["relu4"].dtype == torch.bfloat16 and found["relu4"].float().std() > 0.3
 
@@ -337,18 +337,18 @@ def test_hooks_go_whatever_happens_and_errors_name_the_layer() -> None:
     said = "^group_size=12 does not divide the 16 channels of layer 'conv2'; use one of 1, 2, 4, 8, 16$"
     with pytest.raises(ValueError, match=said):
         losses(model, x, y, Objective("zca-in-training", group_size=12))
-    with pytest.raises(ValueError, match="^unknown layer 'fc9'"), whitened_on_the_way(model, ("fc2", "fc9"), 16):
+    with pytest.raises(ValueError, match="^unknown layer 'fc9'"), whitened_on_the_way(model, ("fc2", "fc9"), 16, x):
         pass
-    with pytest.raises(RuntimeError, match="inside"), whitened_on_the_way(model, ("fc2",), 16):
+    with pytest.raises(RuntimeError, match="inside"), whitened_on_the_way(model, ("fc2",), 16, x):
         raise RuntimeError("inside")
     assert hooks(model) == 0
 
 
 def test_a_compiled_model_is_whitened_too() -> None:
     model, (x, _) = lenet(), batch()
-    with whitened_on_the_way(model, ("conv2",), 16):
+    with whitened_on_the_way(model, ("conv2",), 16, x):
         expected = model(x)
-    with whitened_on_the_way(Compiled(model), ("conv2",), 16):
+    with whitened_on_the_way(Compiled(model), ("conv2",), 16, x):
         assert torch.equal(Compiled(model)(x), expected)
     assert not torch.allclose(model(x), expected)
 
@@ -392,14 +392,14 @@ def test_whitening_needs_a_convolution_whose_channels_it_divides() -> None:
     with pytest.raises(
         ValueError, match="^whitening needs a convolution to go behind, and VisionTransformer has none$"
     ):
-        with_whitening(build("vit", 3, 4, 16))
+        with_whitening(build("vit", 3, 4, 16), torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="^group_size=16 does not divide the 8 channels of layer 'GroupWhitening'"):
         made("whitening-layer", "resnet18", {"width": 1})
 
 
 def test_a_pooling_before_the_last_convolution_is_none_to_whiten_at() -> None:
     gate = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(2, 16, 3), nn.Flatten(), nn.Linear(64, 3))
-    assert list(map(type, with_whitening(gate)[1])) == [nn.Conv2d, GroupWhitening]
+    assert list(map(type, with_whitening(gate, torch.zeros(1, 2, 8, 8))[1])) == [nn.Conv2d, GroupWhitening]
     assert gate(torch.randn(9, 2, 8, 8)).shape == (9, 3)
 
 
@@ -447,13 +447,13 @@ def test_features_behind_the_nonlinearity_are_not_negative(
 ) -> None:
     model, objective = made("decorrelation-after", name, options), Objective("decorrelation-after")
     x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
-    names = layers_of(model, objective)
+    names = layers_of(model, objective, x)
     assert names == expected
-    with capture(model, (*names, *default_layers(model))) as found:
-        terms = losses(model, x, y, objective, features=found)
+    with capture(model, (*names, *default_layers(model, x))) as found:
+        terms = losses(model, x, y, objective, features=found, layers=names)
         assert all(found[name].min() == 0 or name == "avgpool" for name in names)
         assert all(found[name].min() >= 0 and found[name].max() > 0 for name in names)
-        assert found[default_layers(model)[0]].min() < 0
+        assert found[default_layers(model, x)[0]].min() < 0
     assert terms["decorrelation"] > 0
     assert not torch.equal(terms["decorrelation"], losses(model, x, y, Objective("decorrelation"))["decorrelation"])
 

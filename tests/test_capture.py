@@ -28,7 +28,7 @@ def test_an_open_capture_is_used_and_kept() -> None:
     model, (x, y) = lenet(), batch()
     o = Objective()
     expected = losses(model, x, y, o, generator=noise())["total"]
-    with capture(model, default_layers(model)) as features:
+    with capture(model, default_layers(model, x)) as features:
         for _ in range(2):
             assert torch.equal(losses(model, x, y, o, generator=noise(), features=features)["total"], expected)
         assert hooks(model) == 2

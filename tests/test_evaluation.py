@@ -166,7 +166,8 @@ def test_unknown_metrics_and_broken_models(model: nn.Module, data: ImageData) ->
         next(broken.parameters()).fill_(math.nan)
     with pytest.raises(ValueError) as error:
         measure(broken, data)
-    assert str(error.value) == "attribution has NaN in 30 of 30 rows (the first is row 0)"
+    wanted = "model must return logits (B, K) that are finite, it returned NaN or infinity for 30 of 30 images"
+    assert str(error.value) == wanted
 
 
 def test_modes_flags_and_random_state_stay(model: nn.Module, data: ImageData) -> None:

@@ -33,7 +33,7 @@ DEFAULT_LAYERS = {
 def run(model: nn.Module, channels: int, size: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[int, ...]]]:
     """Logits, input gradient, and shapes of the default layers' features."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in default_layers(model):
+    for name in default_layers(model, torch.zeros(1, channels, size, size)):
         layer(model, name).register_forward_hook(
             lambda module, inputs, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:]))
         )
@@ -154,7 +154,7 @@ def test_a_class_of_ones_own_is_entered_with_options() -> None:
             sizes = (channels * size**2, hidden, classes)
             super().__init__(nn.Flatten(), *mlp(*sizes))
 
-    assert default_layers(build("Small", 1, 4, 8)) == ("1",)
+    assert default_layers(build("Small", 1, 4, 8), torch.zeros(1, 1, 8, 8)) == ("1",)
     assert layer(build("Small", 1, 4, 8, hidden=5), "1").out_features == 5
     with pytest.raises(ValueError, match="^hidden must be at least 1, got 0$"):
         build("Small", 1, 4, 8, hidden=0)
@@ -243,33 +243,64 @@ class Attention(nn.Module):
     def __init__(self, *head: nn.Module) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 16, 4, stride=4)
-        self.block = nn.TransformerEncoderLayer(16, 2)
+        self.block = nn.TransformerEncoderLayer(16, 2, batch_first=True)
         self.norm = nn.LayerNorm(16)
         self.head = nn.Sequential(*head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.block(self.patches(x).flatten(2).transpose(1, 2)))[:, 0])
+
+
+class Disordered(nn.Module):
+    """The head is defined first, a linear layer and a convolution are not used, and the side head comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.unused = nn.Linear(16, 4), nn.Linear(16, 16)
+        self.relu2, self.hidden = nn.ReLU(), nn.Linear(8, 16)
+        self.relu1, self.conv, self.spare = nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.side = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.relu2(self.hidden(self.relu1(self.conv(x)).mean((2, 3))))
+        logits = self.head(features)
+        self.beside = self.side(features)
+        return logits
 
 
 def mlp(*widths: int) -> list[nn.Module]:
     return [nn.Linear(a, b) for a, b in pairwise(widths)]
 
 
+IMAGE = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
+POOL = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), *mlp(32, 16, 8, 4)), ("1", "3")),
-        (nn.Sequential(*mlp(8, 16, 4)), ("0",)),
-        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 4)), ("0",)),
-        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(16, 4)), ("0", "1")),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 6), nn.Flatten(), *mlp(32, 16, 8, 4)), ("1", "4")),
+        (nn.Sequential(nn.Flatten(), *mlp(192, 16, 4)), ("1",)),
+        (nn.Sequential(nn.Conv2d(3, 16, 8), nn.Flatten(), nn.Linear(16, 4)), ("0",)),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), *POOL, nn.Linear(16, 4)), ("0", "1")),
         # a pooling to more than one position does not feed the head as it is
-        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(7), nn.Linear(784, 4)), ("0",)),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 4)), ("0",)),
         # a linear layer before a convolution is a gate inside a block, and so is the pooling before it
-        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(4, 4), nn.Conv2d(3, 16, 3), nn.Linear(16, 4)), ("2",)),
+        (nn.Sequential(nn.Linear(8, 8), nn.AdaptiveAvgPool2d(3), nn.Conv2d(3, 16, 3), *POOL[1:], *mlp(16, 4)), ("2",)),
         # no linear layer: the last convolution gives the logits
-        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 1), nn.AdaptiveAvgPool2d(1)), ("0",)),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 1), *POOL), ("0",)),
         (Attention(*mlp(16, 32, 10)), ("head.0",)),
+        (Disordered(), ("conv", "hidden")),
     ],
 )
 def test_default_layers_of_own_modules(model: nn.Module, expected: tuple[str, ...]) -> None:
-    assert default_layers(model) == expected
+    modes = [m.training for m in model.modules()]
+    assert default_layers(model, IMAGE) == expected == default_layers(torch.compile(model), IMAGE)
+    assert [m.training for m in model.modules()] == modes and not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_nonlinearity_behind_goes_by_what_acts_next() -> None:
+    assert default_layers(Disordered(), IMAGE, place="after") == ("relu1", "relu2")
 
 
 @pytest.mark.parametrize(
@@ -284,23 +315,21 @@ def test_default_layers_of_own_modules(model: nn.Module, expected: tuple[str, ..
     ],
 )
 def test_default_layers_behind_their_nonlinearity(name: str, expected: tuple[str, ...]) -> None:
-    assert default_layers(build(name, 3, 10, 32), place="after") == expected
+    assert default_layers(build(name, 3, 10, 32), torch.zeros(1, 3, 32, 32), place="after") == expected
 
 
 def test_a_place_that_is_unknown_or_not_there() -> None:
-    bare = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 4))
+    bare = nn.Sequential(nn.Conv2d(3, 16, 8), nn.Flatten(), nn.Linear(16, 4))
     with pytest.raises(ValueError, match="^no activation follows the layer '0' of Sequential; pass layers=$"):
-        default_layers(bare, place="after")
+        default_layers(bare, IMAGE, place="after")
     with pytest.raises(ValueError, match="^unknown place 'behind'; known: before, after$"):
-        default_layers(bare, place="behind")
+        default_layers(bare, IMAGE, place="behind")
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Linear(4, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), Attention(*mlp(16, 10))]
-)
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), Attention(*mlp(16, 10))])
 def test_no_default_layers(model: nn.Module) -> None:
     with pytest.raises(ValueError) as caught:
-        default_layers(model)
+        default_layers(model, IMAGE)
     kind, names = type(model).__name__, ", ".join(name for name, _ in model.named_modules() if name)
     assert str(caught.value) == f"no default layers found in {kind}; pass layers=, some of: {names}"
 

@@ -20,7 +20,7 @@ from sdecor.config import Objective
 from sdecor.decorrelation import decorrelation
 from sdecor.masking import lowest, masked, replacement
 from sdecor.models import build
-from sdecor.objective import DIRECTIONS, Step, capture, divergence, frozen_statistics, losses
+from sdecor.objective import DIRECTIONS, Step, capture, divergence, frozen_statistics, layers_of, losses
 from sdecor.registers import FILLS, METHODS, PENALTIES, TERMS
 from sdecor.saliency import pixel_score
 from sdecor.whitening import GroupWhitening
@@ -203,7 +203,7 @@ def test_features_of_an_earlier_pass_are_not_taken_for_those_of_this_one() -> No
     model, (x, y) = lenet(), batch()
     with capture(model, ("fc2",)) as found:
         model(x)
-        step = Step(model.conv1, x, y, layers=("fc2",), captured=found)
+        step = Step(lenet(), x, y, layers=("fc2",), captured=found)
         with pytest.raises(ValueError, match="^the forward pass did not reach the layers fc2$"):
             _ = step.features
 
@@ -369,7 +369,10 @@ PASSES = {"consistency": 1, "masked_classification": 1, "whitened_classification
 def test_forward_passes(method: str) -> None:
     model, x, y = Smooth(), torch.randn(5, 2, 4, 4, dtype=F64), torch.tensor([0, 1, 2, 1, 0])
     some = {"group_size": 2} if "group_size" in Objective(method).settings else {}
-    losses(model, x, y, Objective(method, **some))
+    objective = Objective(method, **some)
+    layers = layers_of(model, objective, x)
+    model.calls = 0
+    losses(model, x, y, objective, layers=layers)
     assert model.calls == 1 + sum(PASSES.get(term, 0) for term in METHODS[method].terms)
 
 

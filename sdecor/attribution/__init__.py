@@ -18,6 +18,7 @@ call finds at the seed. The result is signed, ``(B, C, H, W)``, or ``(B, H, W)``
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from sdecor.attribution import gradients, modules, perturbation  # noqa: F401 - they fill the register
 from sdecor.registers import ATTRIBUTIONS
-from sdecor.saliency import checked_images, classes_of, frozen_eval
+from sdecor.saliency import checked_images, classes_of, frozen_eval, logits_of
 
 __all__ = ["ATTRIBUTIONS", "attribute", "attribution", "superpixels"]
 
@@ -37,7 +38,7 @@ superpixels = perturbation.superpixels
 def attribute(
     model: nn.Module,
     x: Tensor,
-    target: Tensor | None = None,
+    target: Tensor | Sequence[int] | int | None = None,
     method: str = "gradient",
     *,
     batch_size: int = 64,
@@ -61,15 +62,17 @@ def attribute(
     entry = ATTRIBUTIONS[method]
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    target = checked_images(x, target)
+    with torch.inference_mode(False):
+        target = checked_images(x, target)
     options = _for_images(entry.checked(options), x)
     model = getattr(model, "_orig_mod", model)  # hooks need the modules of a compiled model
     images = 1 if (entry.slow if entry.single is None else entry.single) else batch_size
     hidden = (None if entry.slow else True) if progress is None else not progress
     parts = []
     with (
-        frozen_eval(model),
+        torch.inference_mode(False),
         torch.enable_grad(),
+        frozen_eval(model),
         torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
         warnings.catch_warnings(),
         tqdm(total=len(x), desc=entry.title, unit="image", leave=False, disable=hidden) as bar,
@@ -80,7 +83,7 @@ def attribute(
             part, chosen = x[rows].detach().clone(), None if target is None else target[rows]
             if not entry.predicts:
                 with torch.no_grad():
-                    chosen = classes_of(model(part if chosen is None else part[:1]), chosen)
+                    chosen = classes_of(logits_of(model, part if chosen is None else part[:1]), chosen)
             here = {name: value[rows] if isinstance(value, Tensor) else value for name, value in options.items()}
             torch.manual_seed(seed)
             result = entry.function(model, part, chosen, batch_size, **here).detach().to(x.dtype)

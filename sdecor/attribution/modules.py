@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdecor.attribution.gradients import Value, by_captum
+from sdecor.models import channels_first
 from sdecor.models import layer as find_layer
 from sdecor.registers import ATTRIBUTIONS
-from sdecor.saliency import classes_of
+from sdecor.saliency import classes_of, logits_of
 
 attribution = ATTRIBUTIONS.register
 
@@ -87,27 +88,35 @@ def gradcam(model: nn.Module, x: Tensor, y: Tensor | None, rows: int, *, layer: 
 
     `layer` is a name in the model's `named_modules()`; empty, it is the last one that gives feature maps.
     """
-    found: list[Tensor] = []
-    norm: list[Tensor] = []
+    found: list[tuple[nn.Module, Tensor, int]] = []
+    norm: list[tuple[nn.Module, Tensor, int]] = []
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def keep(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        if layer and not isinstance(output, Tensor):
+            raise ValueError(
+                f"gradcam needs a layer that gives feature maps, '{layer}' gives a {type(output).__name__}"
+            )
         if isinstance(module, nn.MultiheadAttention):
             found[:] = norm or found
         elif isinstance(module, nn.LayerNorm):
-            norm[:] = [output]
+            norm[:] = [(module, output, output._version)]
         embedding = isinstance(module, nn.Conv2d) and 1 < module.kernel_size[0] == module.stride[0]
         if layer or (_is_map(output) and not embedding):
-            found[:] = [output]
+            found[:] = [(module, output, output._version)]
+        return output.clone() if layer else None
 
     with _hooks([find_layer(model, layer)] if layer else model.modules(), keep):
-        logits = model(x.clone().requires_grad_())
+        logits = logits_of(model, x.clone().requires_grad_())
     if not found:
         raise ValueError(f"gradcam found no feature map in {type(model).__name__}; name a layer=")
+    module, output, version = found[0]
+    if output._version != version:  # what came behind worked in place
+        return gradcam(model, x, y, rows, layer=next(name for name, m in model.named_modules() if m is module))
     chosen = logits.gather(1, classes_of(logits, y).unsqueeze(1)).sum()
-    (slope,) = torch.autograd.grad(chosen, found, allow_unused=True)
+    (slope,) = torch.autograd.grad(chosen, output, allow_unused=True)
     if slope is None:
         raise ValueError("gradcam: the logits do not depend on the chosen layer; name another layer=")
-    maps, slope = (_as_map(v.detach(), x) for v in (found[0], slope))
+    maps, slope = (_as_map(channels_first(v.detach(), module, x), x) for v in (output, slope))
     cam = (slope.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu()
     return F.interpolate(cam, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
@@ -136,7 +145,7 @@ def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor
     relus = [m for m in model.modules() if isinstance(m, nn.ReLU)]
     calls: list[nn.Module] = []
     with _hooks(relus, lambda module, *_: calls.append(module)):
-        pending, seen = [model(x[:1].clone().requires_grad_()).grad_fn], set()
+        pending, seen = [logits_of(model, x[:1].clone().requires_grad_()).grad_fn], set()
     while pending:
         if (node := pending.pop()) is not None and node not in seen:
             seen.add(node)
