@@ -59,7 +59,7 @@ def _settings(*without: str) -> Callable[[Command], Command]:
     """Give a command an option for every setting of a run; those that were given are kept as ``ctx.obj``."""
     options = []
     for name, option in flat_options().items():
-        if name in (*without, "fingerprint"):
+        if name in (*without, "fingerprint", "code"):
             continue
         how: dict[str, Any] = {"default": None, "metavar": option.type_name.upper()}
         if name in PAIRED:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
+from sdecor._code import code, file_of_module, foreign
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
 C = TypeVar("C", bound=type)
@@ -303,6 +304,7 @@ class Run:
     curve_images: Annotated[int | None, Between(1)] = setting(
         None, "Held-out images for the curves of masked accuracy; none takes all."
     )
+    code: str = setting("", "Of one's own code that it depends on; found out if it is not given.")
     objective: Objective = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -313,6 +315,7 @@ class Run:
         parts = {n: NESTED[n](v) for n in ("data", "model") if isinstance(v := getattr(self, n), str)}
         for name, value in {"objective": objective, **complete, **parts}.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "code", self.code or self.code_now())
 
     @classmethod
     def of(cls, **flat: Any) -> Run:
@@ -335,6 +338,8 @@ class Run:
             parts[part][f.name] = value
         if "name" in parts["data"]:  # other files
             parts["data"].setdefault("fingerprint", "")
+        if parts["data"].keys() | parts["model"].keys() or parts[""].keys() & {"method", "weights", "settings"}:
+            parts[""].setdefault("code", "")
         own = {part: replace(getattr(self, part), **parts[part]) for part in NESTED if parts[part]}
         return replace(self, **parts[""], **own)
 
@@ -342,6 +347,21 @@ class Run:
     def thorough(self) -> bool:
         """Whether it is measured in full: choices, and what a network learns from spoilt data, go by accuracy."""
         return self.evaluate_on == "test" and not self.data.permuted_labels and not self.data.removed
+
+    def code_now(self) -> str:
+        """What `code` would be if the run were described now; empty where it depends on this package alone."""
+        own, known = self.objective.settings, registers
+        method, terms = known.METHODS[self.method], [known.TERMS[term] for term in self.objective.terms]
+        entries = [known.DATASETS["folder" if self.data.path else self.data.name], *terms]
+        named = [(known.MODELS, self.model.name), (known.ATTRIBUTIONS, self.data.removed_by)]
+        for option in (option for term in terms for option in term.options.values()):
+            named += [(limit.known, own[option.name]) for limit in option.limits if isinstance(limit, OneOf)]
+        entries += [of[name] for of, name in named if isinstance(of, known.Register) and name in of]
+        used = [entry.function for entry in entries] + ([method.network] if method.network else [])
+        modules = [self.model.name.partition(":")[0]] if ":" in self.model.name else []
+        modules += [method.function.__module__] if foreign(method.function) else []  # its weights, say
+        files = [file for name in modules if (file := file_of_module(name))]
+        return code(filter(foreign, used), files)
 
     def _values(self) -> dict[str, Any]:
         return {n: getattr(getattr(self, part) if part else self, f.name) for n, (part, f) in _flat().items()}

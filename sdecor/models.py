@@ -8,6 +8,7 @@ and no weights are fetched. Seed torch before `build` for a reproducible initial
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from sdecor.registers import MODELS, Between, OneOf
+from sdecor._code import foreign
+from sdecor.registers import MODELS, Between, OneOf, WrongType
 from sdecor.saliency import frozen_eval, logits_of
 
 model = MODELS.register
@@ -139,7 +141,8 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
 
     It is in train mode, on the CPU, and does nothing in place, since hooks and input gradients need the values that
     would be overwritten. ``sdecor list models NAME`` shows the `options`. What is unknown or impossible is a
-    ValueError, and a factory that is not callable or returns something else than an `nn.Module` a TypeError.
+    ValueError, and so is a network of one's own that does not give so many logits for one image; a factory that is not
+    callable or returns something else than an `nn.Module` is a TypeError too.
 
     >>> import torch
     >>> net = build("lenet", in_channels=1, num_classes=10, image_size=28)
@@ -149,12 +152,15 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     for argument, value in (("in_channels", in_channels), ("num_classes", num_classes), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be a positive whole number, got {value!r}")
-    make, checked = (_factory(name), options) if ":" in name else (MODELS[name].function, MODELS[name].checked(options))
+    make, checked = (factory(name), options) if ":" in name else (MODELS[name].function, MODELS[name].checked(options))
     if image_size < (smallest := _SMALLEST.get(name, 1)):
         raise ValueError(f"{image_size=} is too small for {name}, which needs at least {smallest}")
+    _check_parameters(name, make, checked)
     net = make(in_channels, num_classes, image_size, **checked)
     if not isinstance(net, nn.Module):
-        raise TypeError(f"model {name!r} must return an nn.Module, it returned {type(net).__name__}")
+        raise WrongType(f"model {name!r} must return an nn.Module, it returned {type(net).__name__}")
+    if foreign(make):
+        _check_logits(name, net, torch.zeros(1, in_channels, image_size, image_size), num_classes)
     for module in net.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -165,6 +171,30 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile`` was given, whose layers have the names that a user knows."""
     own: nn.Module = getattr(model, "_orig_mod", model)
     return own
+
+
+def _check_parameters(name: str, make: Callable[..., Any], options: dict[str, Any]) -> None:
+    try:
+        takes = inspect.signature(make)
+    except ValueError:  # of something built in
+        return
+    try:
+        takes.bind(1, 2, 3, **options)
+    except TypeError as error:
+        wanted = ", ".join(["in_channels", "num_classes", "image_size", *options])
+        raise ValueError(f"model {name!r} must take ({wanted}), it takes {takes}: {error}") from None
+
+
+def _check_logits(name: str, net: nn.Module, x: Tensor, classes: int) -> None:
+    """One pass, which shows whether a network of one's own fits, and fills its lazy layers."""
+    try:
+        with torch.no_grad(), frozen_eval(net):
+            found = logits_of(net, x, finite=False).shape[1]
+    except (RuntimeError, ValueError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model {name!r} does not do for images of shape {tuple(x.shape[1:])}: {problem}") from error
+    if found != classes:
+        raise ValueError(f"model {name!r} gives {found} logits for {classes} classes; it must use its num_classes")
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:
@@ -273,19 +303,20 @@ def channels_first(z: Tensor, module: nn.Module, images: Tensor) -> Tensor:
     return z.movedim(-1, 1) if type(module) in (nn.Linear, nn.LayerNorm) or (last and not first) else z
 
 
-def _factory(name: str) -> Callable[..., Any]:
+def factory(name: str) -> Callable[..., Any]:
+    """The callable that ``package.module:factory`` names; a ValueError, or WrongType, if there is none."""
     module_name, _, attribute = name.partition(":")
     if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise ValueError(f"model {name!r} is not of the form package.module:factory")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute, None)
+        found = getattr(importlib.import_module(module_name), attribute, None)
     except ModuleNotFoundError as error:
         # a missing import inside the user's own module is the user's to see as it is
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(f"model {name!r}: no module {module_name!r}; install it or put it on PYTHONPATH") from None
-    if factory is None:
+    if found is None:
         raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}")
-    if not callable(factory):
-        raise TypeError(f"model {name!r} must name a callable, it names a {type(factory).__name__}")
-    return factory  # type: ignore[no-any-return]
+    if not callable(found):
+        raise WrongType(f"model {name!r} must name a callable, it names a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]

@@ -56,16 +56,18 @@ def capture(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Ten
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Let batch norm and `GroupWhitening` use a batch without averaging it: averages are to describe clean images."""
-    kinds = (nn.modules.batchnorm._BatchNorm, GroupWhitening)
-    norms = [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
+    """Let norms and `GroupWhitening` use a batch without averaging it: averages are to describe clean images."""
+    batch, instance = (nn.modules.batchnorm._BatchNorm, GroupWhitening), nn.modules.instancenorm._InstanceNorm
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, (*batch, instance)) and m.track_running_stats]
+    flags = [("momentum", 0.0) if isinstance(m, instance) else ("track_running_stats", False) for m in norms]
+    before = [getattr(m, name) for m, (name, _) in zip(norms, flags, strict=True)]
     try:
+        for m, (name, value) in zip(norms, flags, strict=True):
+            setattr(m, name, value)
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, (name, _), value in zip(norms, flags, before, strict=True):
+            setattr(m, name, value)
 
 
 @dataclass(eq=False, repr=False)

@@ -34,6 +34,10 @@ class UnknownName(ValueError, KeyError):
     __str__ = BaseException.__str__
 
 
+class WrongType(ValueError, TypeError):
+    """Something of one's own that is of another kind than it has to be."""
+
+
 @dataclass(frozen=True)
 class Between:
     """Limits of an option, as in ``Annotated[float, Between(0, 1)]``; `ends` says whether they may be reached."""

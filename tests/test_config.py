@@ -103,7 +103,7 @@ def test_every_setting_that_is_used_changes_the_key() -> None:
         "augment": ("flip",), "weights": {"consistency": 0.1}, "permuted_labels": True, "removed": 0.5,
         "curve_images": 9,
     }  # fmt: skip
-    assert {*others, "removed_by", "settings", "fingerprint"} == set(flat_fields())
+    assert {*others, "removed_by", "settings", "fingerprint", "code"} == set(flat_fields())
     wide = base.but(model="resnet18")
     keys = {name: base.but(**{name: value}).key for name, value in others.items() if name != "model_options"}
     keys |= {"removed_by": base.but(removed=0.5, removed_by="random").key, "resnet18": wide.key}
