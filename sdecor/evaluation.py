@@ -7,6 +7,8 @@ predicted one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -16,12 +18,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sdecor._code import code, foreign
 from sdecor._files import locked, replace_atomically, set_aside
 from sdecor.attribution import attribute
 from sdecor.config import Run
@@ -214,28 +218,45 @@ def tabulate(
 
     It is a `sdecor.measures.case.table` of `attributions`, or of all, and of `sdecor.measures.sanity.controls`, on so
     many held-out `images`, the same ones for all runs on the same data. What was computed is kept in the store,
-    attribution by attribution: a killed call goes on where it was, and one for another number of images starts over.
-    Measures that need noise draw it `SAMPLES` times. Too few images, or streamed ones, raise ValueError, and missing
-    weights FileNotFoundError.
+    attribution by attribution: a killed call goes on where it was. What was made of another number of images, of other
+    weights, or with other measures or code of one's own is made anew. Measures that need noise draw it `SAMPLES` times.
+    Too few images, or streamed ones, raise ValueError, and missing weights FileNotFoundError.
     """
     names = [ATTRIBUTIONS[name].name for name in (ATTRIBUTIONS if attributions is None else attributions)]
-    path = store.path("tables", run, ".csv")
+    path, record = store.path("tables", run, ".csv"), store.record(run)
     with locked(path.with_suffix(".lock")):
-        done = _read(path, images)
+        read = partial(_read, path, images, {n: stamp(n, record) for n in (*CONTROLS, *ATTRIBUTIONS)})
+        done = read()
         todo = [name for name in (*CONTROLS, *names) if name not in set(done["attribution"])]
         for name, case in _cases(run, store, todo, images, root, device):
             new = table({name: case})
             done = pd.concat([done, new], ignore_index=True) if len(done) else new
-            replace_atomically(path, partial(done.to_csv, index=False, float_format="%.6g", mode="wb"))
-        done = _read(path, images)  # as the file has it, so that a value does not depend on when it was computed
+            replace_atomically(path, partial(_write, done, {n: stamp(n, record) for n in done["attribution"].unique()}))
+        done = read()  # as the file has it, so that a value does not depend on when it was computed
     return done[done["attribution"].isin([*names, *CONTROLS])].reset_index(drop=True)
 
 
-def _read(path: Path, images: int) -> pd.DataFrame:
-    """The table in a file, empty if there is none or it is of other images; an unreadable one is set aside."""
+def stamp(attribution: str, record: Record | None) -> str:
+    """Eight digits of what decides the rows of an attribution in a table: weights, draws, measures, code of one's own.
+
+    The code of this package is not among it: `tabulate` again into an empty folder after a change of that.
+    """
+    used = [MEASURES[name] for name in MEASURES] + ([ATTRIBUTIONS[attribution]] if attribution in ATTRIBUTIONS else [])
+    own = code(entry.function for entry in used if foreign(entry.function))
+    decides = record and record.weights_sha256, SAMPLES, sorted(MEASURES), own
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
+
+
+def _write(rows: pd.DataFrame, stamps: dict[str, str], file: BinaryIO) -> None:
+    file.write(f"# {json.dumps(stamps)}\n".encode())
+    rows.to_csv(file, index=False, float_format="%.6g", mode="wb")
+
+
+def _read(path: Path, images: int, stamps: dict[str, str]) -> pd.DataFrame:
+    """The rows of a file with these stamps, if they are of so many images; an unreadable file is set aside."""
     empty = table({})
     try:
-        found = pd.read_csv(path)
+        found = pd.read_csv(path, comment="#")
         if list(found.columns) != list(empty.columns):
             raise ValueError(f"its columns are {', '.join(map(str, found.columns))}")
         found = found.astype({"value": float, "undefined": int, "images": int})
@@ -244,7 +265,10 @@ def _read(path: Path, images: int) -> pd.DataFrame:
     except ValueError as error:
         log.warning("table %s is not readable (%s); set aside as %s", path, error, set_aside(path).name)
         return empty
-    return found if (found["images"] == images).all() else empty
+    head = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    made = json.loads(head) if head.startswith("{") else {}
+    same = [made.get(name) == stamps.get(name, made.get(name)) for name in found["attribution"]]
+    return found[(found["images"] == images) & np.array(same, bool)].reset_index(drop=True)
 
 
 def _cases(

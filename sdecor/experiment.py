@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +19,10 @@ from sdecor.config import Run
 from sdecor.evaluation import exhibit, measure
 from sdecor.prepare import data_of, without_removal
 from sdecor.store import SHAPE, Record, Store, environment, network
-from sdecor.training import History, device_of, fit
+from sdecor.training import History, device_of, fit, way
+
+log = logging.getLogger("sdecor")
+SAID = {"amp": "bfloat16", "compiled": "compiled"}  # in a way of computing
 
 
 def execute(
@@ -31,14 +36,18 @@ def execute(
     progress: bool | None = None,
     after_epoch: Callable[[int, History], None] | None = None,
     wait: bool = True,
+    say: bool = True,
 ) -> Record | None:
     """Do `run` unless its record is in `store`; continue it if it was interrupted.
 
     `root` is the data root (see `sdecor.data.load`); `device`, `amp`, `compiled`, `progress` and `after_epoch` are
-    those of `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off.
+    those of `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off. How a record
+    was computed is no part of the description: one that was computed in another way counts, and `say` has a warning say
+    so.
     """
     checkpoint = store.checkpoint(run)
-    record = store.record(run)
+    if (record := store.record(run)) is not None and say:
+        otherwise([record], store, device, amp, compiled)
     if record is not None and not any(checkpoint.parent.glob(f"{run.key}.*")):
         return record
     with locked(checkpoint.with_suffix(".lock"), wait=wait) as mine:
@@ -49,6 +58,17 @@ def execute(
             record = _done(run, store, root, {**how, "after_epoch": after_epoch})
         checkpoint.unlink(missing_ok=True)
         return record
+
+
+def otherwise(
+    records: Iterable[Record], store: Store, device: str = "cpu", amp: bool = False, compiled: bool = False
+) -> None:
+    """Warn of records that were computed in another way than is asked for now, a line for each way."""
+    wanted = way(torch.device("cuda") if device.startswith("cuda") else device_of(device), amp, compiled)
+    found = Counter(" and ".join(r.ways) for r in records if r.ways and r.ways != [wanted])
+    for had, count in found.items():
+        what = f"{count} records in {store.root} were" if count > 1 else f"the record in {store.root} was"
+        log.warning("%s computed on %s, not on %s as is asked for now; delete to compute anew", what, had, wanted)
 
 
 def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any]) -> Record:
@@ -69,7 +89,9 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     wanted: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
     metrics, curves = measure(model, held_out, layers=layers, device=where, **wanted)
     shown = exhibit(model, held_out, device=where) if run.thorough else None
-    circumstances = {**environment(where), "data": train.name, "amp": how["amp"], "compiled": how["compiled"]}
+    ways = list(dict.fromkeys(history.computed))
+    circumstances = {**environment(where), "data": train.name, "ways": ways}
+    circumstances |= {name: any(said in one for one in ways) for name, said in SAID.items()}
     took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
     seconds = {name: round(value, 1) for name, value in took.items()}
     state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
@@ -97,7 +119,13 @@ def grid(
     the same bits. `settings` go to `execute`. If a worker fails, ChildProcessError says so.
     """
     todo = list(runs)
+    if settings.get("say", True):
+        asked: Any = {name: settings[name] for name in ("device", "amp", "compiled") if name in settings}
+        otherwise([record for run in todo if (record := store.record(run)) is not None], store, **asked)
+    settings["say"] = False
     if workers > 1:
+        for run in (run for run in todo if run.model.name.startswith("__main__:")):
+            raise ValueError(f"model '{run.model.name}' is not to be found by other processes; put it into a file")
         context = multiprocessing.get_context("spawn")
         how = {**settings, "threads": threads or 1}
         places = devices(how.get("device", "cpu"), min(workers, len(todo)))

@@ -26,7 +26,7 @@ import torch
 
 from sdecor.choice import Trial
 from sdecor.config import Run
-from sdecor.experiment import devices, execute
+from sdecor.experiment import devices, execute, otherwise
 from sdecor.plan import Course, State
 from sdecor.rehearsal import Prices, Root, check
 from sdecor.store import Record, Store
@@ -153,7 +153,10 @@ def run_plan(
     count = threads or (1 if workers > 1 or where.type == "cuda" else None)
     _tidy(course, store)
     after()
-    if all(ready for _, ready in work(course, store)):
+    listed = list(work(course, store))
+    known = [record for todo, ready in listed if ready and (record := store.record(todo.run)) is not None]
+    otherwise(known, store, device, course.amp, compiled)
+    if all(ready for _, ready in listed):
         return
     context = multiprocessing.get_context("spawn")
     how: dict[str, Any] = {"root": root, "compiled": compiled, "threads": count, "deadline": deadline}

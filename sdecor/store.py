@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from operator import methodcaller
@@ -26,6 +27,7 @@ from sdecor._files import replace_atomically, set_aside
 from sdecor.config import Run
 from sdecor.models import build
 from sdecor.registers import METHODS
+from sdecor.training import way
 
 log = logging.getLogger("sdecor")
 SHAPE = ("channels", "num_classes", "image_size")
@@ -63,13 +65,22 @@ class Record:
     metrics: dict[str, float]  #: Name to number.
     curves: dict[str, list[float]]  #: Terms an epoch; masked accuracy a share; histogram of gradients.
     shape: dict[str, int]  #: ``channels``, ``num_classes`` and ``image_size`` that the network was built for.
-    environment: dict[str, Any]  #: Device, threads, versions, commit, date (UTC), seconds, name of the data.
+    environment: dict[str, Any]  #: Device, ways, threads, versions, commit, date (UTC), seconds, what the data were.
     weights_sha256: str  #: Of the weights file.
 
     def __post_init__(self) -> None:
         """Keep of each number what float32 knows, so that a record is equal to itself read from its file."""
         for name in ("metrics", "curves", "environment"):
             object.__setattr__(self, name, _short(getattr(self, name)))
+
+    @property
+    def ways(self) -> list[str]:
+        """How its epochs were computed, as `sdecor.training.way` says it, each way once; empty if that is not known."""
+        about = self.environment
+        if "ways" in about or "amp" not in about:
+            return list(about.get("ways", ()))
+        kind = "cpu" if str(about["device"]).startswith("CPU") else "cuda"
+        return [way(torch.device(kind), about["amp"], about["compiled"])]
 
     def to_json(self) -> str:
         """Text of the record's file, a list on one line."""
@@ -153,7 +164,13 @@ class Store:
             return None
 
     def write(self, record: Record, weights: bytes | None = None, exhibit: Mapping[str, Tensor] | None = None) -> None:
-        """Put `record` in place of what its run has here, and before it the weights (safetensors) and the exhibit."""
+        """Put `record` in place of what its run has here, and before it the weights (safetensors) and the exhibit.
+
+        Where the weights stay, so do maps of the exhibit by other names, which a page has made of them.
+        """
+        if exhibit is not None and weights is None:
+            with suppress(FileNotFoundError):
+                exhibit = {**self.exhibit(record.run), **exhibit}
         content = None if exhibit is None else safetensors.torch.save(dict(exhibit))
         files = {("weights", ".safetensors"): weights, ("exhibits", ".safetensors"): content}
         for (kind, suffix), part in {**files, ("results", ".json"): record.to_json().encode()}.items():
@@ -176,6 +193,9 @@ class Store:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record.weights_sha256:
             raise ValueError(f"{path} is not the file that its record describes; delete both to train again")
+        if run.code != (now := run.code_now()):
+            problem = f"{run.key} was described for other files of your own than those of now ({run.code}, {now})"
+            raise ValueError(f"run {problem}; put them back, or describe the run anew")
         model = network(run, record.shape)
         model.load_state_dict(safetensors.torch.load(content))
         return model.eval()

@@ -35,6 +35,7 @@ class History:
     terms: dict[str, list[float]] = field(default_factory=dict)  #: Means of the unweighted terms, and of ``total``.
     validation_accuracy: list[float] = field(default_factory=list)  #: After the epoch, if there is validation data.
     seconds: list[float] = field(default_factory=list)  #: Duration.
+    computed: list[str] = field(default_factory=list)  #: How, as `way` says it.
 
 
 def device_of(name: str) -> torch.device:
@@ -53,6 +54,11 @@ def device_of(name: str) -> torch.device:
         found = f"torch {torch.__version__} finds {torch.cuda.device_count() or 'no'} CUDA GPU"
         raise ValueError(f"device='{name}' was asked for, but {found}; use device='cpu'")
     return device
+
+
+def way(device: torch.device, amp: bool = False, compiled: bool = False) -> str:
+    """How training is computed, as far as it may show in the result: ``cuda, bfloat16, compiled``."""
+    return ", ".join([device.type, *["bfloat16"] * amp, *["compiled"] * compiled])
 
 
 class _Sums:
@@ -240,6 +246,8 @@ def fit(
         layout = stack.enter_context(_laid_out(model, data, where))
         optimizer = _optimizer(plan, model, where)
         done, save = _kept(checkpoint, description, history, spare, model=model, optimizer=optimizer)
+        if history.computed and history.computed[-1] != (now := way(where, amp, compiled)):
+            log.warning("%d epochs were computed on %s, those to come are on %s", done, history.computed[-1], now)
         rate = _rate(optimizer, where)
         layers = layers_of(model, objective, next(data.subset(torch.arange(1)).batches(1))[0].to(where))
         features = stack.enter_context(capture(model, layers))
@@ -263,6 +271,7 @@ def fit(
             if validation is not None:
                 history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
             history.seconds.append(time.perf_counter() - started)
+            history.computed.append(way(where, amp, compiled))
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
             with save():
                 if after_epoch is not None:
@@ -371,4 +380,4 @@ def evaluate(
     return {"accuracy": right / len(data), "cross_entropy": loss / len(data)}
 
 
-__all__ = ["History", "Objective", "Schedule", "device_of", "epochs_done", "evaluate", "fit"]
+__all__ = ["History", "Objective", "Schedule", "device_of", "epochs_done", "evaluate", "fit", "way"]
