@@ -34,6 +34,8 @@ class _OneLine(click.Group):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has enough of it: click ends the process quietly
+            raise
         except (ValueError, OSError, FloatingPointError) as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1 if isinstance(error, (FloatingPointError, ChildProcessError)) else 2)
@@ -306,6 +308,8 @@ def _numbers(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise ValueError(f"seeds must look like 0-4 or 0,1,2, got '{text}'")
     ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    if wrong := [end for end in ends if end[0] > end[-1]]:
+        raise ValueError(f"seeds must go upwards, such as {wrong[0][1]}-{wrong[0][0]}, got '{text}'")
     return [n for end in ends for n in range(end[0], end[-1] + 1)]
 
 

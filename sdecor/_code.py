@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 HOUSE = ("sdecor", "sdecor_book")
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -53,6 +54,15 @@ def code(functions: Iterable[Callable[..., Any]] = (), files: Iterable[Path] = (
     if not parts and not texts:
         return ""
     return hashlib.sha256(repr((sorted(parts.items()), texts)).encode()).hexdigest()[:16]
+
+
+_loaded: WeakKeyDictionary[Callable[..., Any], str] = WeakKeyDictionary()
+
+
+def check_loaded(function: Callable[..., Any]) -> None:
+    """Raise ValueError if the sources of a function are not those of the first time that this was asked of it."""
+    if _loaded.setdefault(function, now := code([function])) != now:
+        raise ValueError(f"{file_of(function)}, or what it imports, has changed since it was loaded; start Python anew")
 
 
 def _text(function: Callable[..., Any]) -> str:

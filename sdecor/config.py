@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
-from sdecor._code import code, file_of_module, foreign
+from sdecor._code import check_loaded, code, file_of_module, foreign
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
 C = TypeVar("C", bound=type)
@@ -361,7 +361,9 @@ class Run:
         modules = [self.model.name.partition(":")[0]] if ":" in self.model.name else []
         modules += [method.function.__module__] if foreign(method.function) else []  # its weights, say
         files = [file for name in modules if (file := file_of_module(name))]
-        return code(filter(foreign, used), files)
+        for function in (mine := [function for function in used if foreign(function)]):
+            check_loaded(function)
+        return code(mine, files)
 
     def _values(self) -> dict[str, Any]:
         return {n: getattr(getattr(self, part) if part else self, f.name) for n, (part, f) in _flat().items()}

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from sdecor._code import foreign
+from sdecor._code import check_loaded, foreign
 from sdecor.registers import MODELS, Between, OneOf, WrongType
 from sdecor.saliency import frozen_eval, logits_of
 
@@ -155,6 +155,8 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     make, checked = (factory(name), options) if ":" in name else (MODELS[name].function, MODELS[name].checked(options))
     if image_size < (smallest := _SMALLEST.get(name, 1)):
         raise ValueError(f"{image_size=} is too small for {name}, which needs at least {smallest}")
+    if foreign(make):
+        check_loaded(make)
     _check_parameters(name, make, checked)
     net = make(in_channels, num_classes, image_size, **checked)
     if not isinstance(net, nn.Module):

@@ -165,13 +165,16 @@ def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.dev
     One pass over the first images finds that out. It also shows whether every label has a logit: on a GPU it would be a
     crash, and -100 would be skipped.
     """
-    strided = [p for p in model.parameters() if not nn.parameter.is_lazy(p) and p.is_contiguous()]
     x, _ = next(train.subset(torch.arange(min(2, len(train)))).batches(2))
-    x, problem = x.to(where), ""
+    model, x, problem = model.to(where), x.to(where), ""
+    lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
+    strided = [p for p in model.parameters() if nn.parameter.is_lazy(p) or p.is_contiguous()]
     for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
         try:
-            model.to(where, memory_format=layout)  # type: ignore[call-overload]
             with torch.no_grad(), frozen_eval(model):
+                if lazy:
+                    logits_of(model, x, finite=False)
+                model.to(memory_format=layout)  # type: ignore[call-overload]
                 classes = logits_of(model, x.to(memory_format=layout), finite=False).shape[1]
             break
         except RuntimeError as error:
