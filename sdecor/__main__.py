@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sdecor.config import PAIRED, Run, flat_fields, flat_options, method_grid
+from sdecor.config import FOLDER, PAIRED, Run, flat_fields, flat_options, method_grid
 from sdecor.registers import REGISTERS, USE, literal
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ _planned = _several(
 _sized = _several(
     _device,
     click.option("--seeds", type=click.IntRange(1), help="How many, in place of the preset's."),
+    click.option("--data", default="", help="A data set, or folder:PATH, in place of the plan's."),
 )
 
 
@@ -176,22 +177,22 @@ def _plan(name: str) -> Path:
     return found[0]
 
 
-def _course(name: str, preset: str, seeds: int | None) -> Course:
+def _course(name: str, preset: str, seeds: int | None = None, data: str = "") -> Course:
     """A plan at a preset."""
     from sdecor.plan import Plan
 
-    return Plan.read(_plan(name)).at(preset, **({"seeds": seeds} if seeds else {}))
+    return Plan.read(_plan(name)).at(preset, **({"seeds": seeds} if seeds else {}), **({"data": data} if data else {}))
 
 
 @app.command("plan")
 @_planned
 @_sized
 @_where
-def show_plan(name: str, preset: str, seeds: int | None, device: str, store: str, data_root: str) -> None:
+def show_plan(name: str, preset: str, seeds: int | None, data: str, device: str, store: str, data_root: str) -> None:
     """Say what a plan would run, what is done, and how long the rest takes here."""
     from sdecor import planned, rehearsal
 
-    course, shelf = _course(name, preset, seeds), _store(store, data_root)
+    course, shelf = _course(name, preset, seeds, data), _store(store, data_root)
     prices = rehearsal.Prices(shelf, device, course.amp, root=data_root or None)
     click.echo(f"{course.plan.title} ({preset}), records in {shelf.root}")
     state = course.state(planned.accuracy(shelf))
@@ -237,13 +238,21 @@ def _minutes(seconds: float) -> str:
 @click.option("--pack", "out", default="", help="Folder for a parcel of the records, which `merge` takes.")
 @click.option("--compile", "compiled", is_flag=True, help="Run the models through torch.compile.")
 def run_plan(
-    name: str, preset: str, seeds: int | None, store: str, data_root: str, budget: float | None, out: str, **how: Any
+    name: str,
+    preset: str,
+    seeds: int | None,
+    data: str,
+    store: str,
+    data_root: str,
+    budget: float | None,
+    out: str,
+    **how: Any,
 ) -> None:
     """Work through a plan in order of value; stop it at any moment, start it again, and it goes on."""
     began = time.time()
     from sdecor import parcels, planned
 
-    course, shelf = _course(name, preset, seeds), _store(store, data_root)
+    course, shelf = _course(name, preset, seeds, data), _store(store, data_root)
 
     def pack() -> None:
         if out:
@@ -291,7 +300,7 @@ def make_bundle(name: str, preset: str, out: Path, limit: float, **parts: tuple[
     """Put into the folder OUT, or the file OUT.tar, what a machine without network needs for a plan."""
     from sdecor.bundle import MIB, bundle
 
-    made = bundle(_course(name, preset, None), _plan(name), out, limit=limit * MIB, **parts)
+    made = bundle(_course(name, preset), _plan(name), out, limit=limit * MIB, **parts)
     for part, size in {**made.sizes, "all": sum(made.sizes.values())}.items():
         click.echo(f"{size / MIB:8.2f} MiB  {part}")
     if made.untracked:
@@ -313,6 +322,12 @@ def _numbers(text: str) -> list[int]:
     return [n for end in ends for n in range(end[0], end[-1] + 1)]
 
 
+def _is_of(run: Run, data: str) -> bool:
+    """Whether a run is on this data set, or on the folder of this path, however it is written."""
+    same = run.data.path is not None and run.data.path == Path(data.removeprefix(FOLDER)).expanduser().resolve()
+    return data in ("", run.data.name) or same
+
+
 @app.command()
 @_where
 @_only
@@ -322,7 +337,7 @@ def measure(store: str, data_root: str, data: str, device: str) -> None:
     from sdecor.evaluation import measure_again
 
     shelf = _store(store, data_root)
-    runs = [record.run for record in shelf.records() if data in ("", record.run.data.name)]
+    runs = [record.run for record in shelf.records() if _is_of(record.run, data)]
     todo = [run for run in runs if shelf.path("weights", run, ".safetensors").exists()]
     if not todo:
         raise ValueError(f"no weights{f' of {data}' if data else ''} in {shelf.root}; name another folder with --store")
@@ -347,7 +362,7 @@ def show(store: str, data_root: str, data: str, run: str) -> None:
         return
     from sdecor.report import overview
 
-    records = [record for record in shelf.records() if data in ("", record.run.data.name)]
+    records = [record for record in shelf.records() if _is_of(record.run, data)]
     if not records:
         raise ValueError(f"no records{f' of {data}' if data else ''} in {shelf.root}; name another folder with --store")
     click.echo(overview(records).to_string(index=False))

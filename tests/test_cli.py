@@ -237,6 +237,33 @@ def test_cuda_asked_for_and_absent(tmp_path: Path) -> None:
     )
 
 
+def test_seeds_go_upwards(tmp_path: Path) -> None:
+    said = "seeds must go upwards, such as 0-4, got '1,4-0'"
+    assert refused("grid", "--store", tmp_path, "--seeds=1,4-0") == said
+
+
+def test_whoever_has_seen_enough_ends_it_without_a_word() -> None:
+    command = [sys.executable, "-m", "sdecor", "list", "measures"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_a_folder_is_found_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/3", "test/b/3"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), int(name[-1]) * 60).save(path)
+    monkeypatch.chdir(tmp_path)
+    call("train", "--store", "st", "--data", "folder:pets", "--epochs", "1", "--batch-size", "2", "--quiet")
+    for written in ("folder:pets", "pets", "folder:./pets/", tmp_path / "pets"):
+        assert "folder:pets" in call("show", "--store", "st", "--data", written)[0]
+    assert refused("show", "--store", "st", "--data", "folder:cats").startswith("no records of folder:cats in st; ")
+
+
 @pytest.mark.parametrize("seeds", ["x", "", "0-", "1.5", "0 1", "-1"])
 def test_seeds_that_are_none(tmp_path: Path, seeds: str) -> None:
     assert (

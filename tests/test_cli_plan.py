@@ -138,9 +138,24 @@ def test_the_default_places(here: Path, inline: None) -> None:
 def test_what_is_given_reaches_the_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(planned, "run_plan", lambda course, store, **how: seen.update(how, course=course, store=store))
-    given = ["--preset", "quick", "--seeds", 4, "--workers", 3, "--threads", 2, "--device", "auto", "--compile"]
+    given = [
+        "--preset",
+        "quick",
+        "--seeds",
+        4,
+        "--data",
+        "digits",
+        "--workers",
+        3,
+        "--threads",
+        2,
+        "--device",
+        "auto",
+        "--compile",
+    ]
     call("run", "tiny", *given, "--budget", 60, "--store", "there", "--data-root", "data")
     assert (seen["course"].seeds, seen["course"].preset, seen["store"].root) == (4, "quick", Path("there"))
+    assert {run.data.name for runs in seen["course"].possible().values() for run in runs} == {"digits"}
     assert 50 < seen["budget"] <= 60
     rest = {name: seen[name] for name in ("workers", "threads", "device", "compiled", "root")}
     assert rest == {"workers": 3, "threads": 2, "device": "auto", "compiled": True, "root": "data"}
