@@ -120,7 +120,7 @@ class Option:
             fits = [k for k in plain if isinstance(value, (int, float) if k is float else k)]
             fits = [k for k in fits if isinstance(value, bool) == (k is bool)]
             others = [kind.__name__ for kind in kinds if kind not in (*plain, type(None))] if not sequence else []
-            if not fits and others and not isinstance(value, bool | int | float | str):
+            if not fits and others and not isinstance(value, bool | int | float | str | None):
                 return value  # a tensor, say, which the function itself judges
             if not fits:
                 wanted = " or ".join([kind.__name__ for kind in plain] + others + ["a sequence"] * sequence)

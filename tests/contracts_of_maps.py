@@ -21,13 +21,9 @@ from sdecor.saliency import logits_and_gradient
 
 # --- attributions ---------------------------------------------------------------------------------------------------
 
-# captum fits Kernel SHAP in single precision, with two weights of a million
-ROUNDED = {"kernel_shap": 1e-3}
-
 
 def nearly(entry: Attribution, one: Tensor, other: Tensor, promised: str) -> None:
-    tolerance = ROUNDED.get(entry.name, 1e-5)
-    keeps(entry, torch.allclose(one, other, rtol=tolerance, atol=tolerance / 1e3), promised)
+    keeps(entry, torch.allclose(one, other, rtol=1e-5, atol=1e-8), promised)
 
 
 @promise("attribution")

@@ -22,7 +22,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "occlusion": {"window": 6, "stride": 5},
     "rise": {"samples": 5},
     "feature_ablation": {"segments": 6},
-    "kernel_shap": {"segments": 6, "samples": 30},
+    "kernel_shap": {"segments": 6, "samples": 60},
     "shapley_sampling": {"segments": 6, "samples": 2},
 }
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import doctest
+import logging
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import CHEAP, images, linear, network
+from networks import CHEAP, F64, images, linear, network
 from torch import Tensor, nn
 
 import sdecor.attribution
@@ -41,7 +43,8 @@ def test_one_forward_pass_is_enough_for_what_needs_one_gradient(method: str) -> 
 @pytest.mark.parametrize("method", ["smoothgrad", "rise", "kernel_shap", "shapley_sampling"])
 def test_another_seed_draws_otherwise(method: str) -> None:
     model, x = network(), images(2)
-    first, other = (attribute(model, x, method=method, seed=s, **CHEAP[method]) for s in (0, 1))
+    options = CHEAP[method] | ({"segments": 12, "samples": 60} if method == "kernel_shap" else {})
+    first, other = (attribute(model, x, method=method, seed=s, **options) for s in (0, 1))
     assert not torch.allclose(first, other)
 
 
@@ -98,7 +101,9 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
             "attribution 'guided_ig' has no option 'samples'; it has: steps, fraction, max_dist, baseline",
         ),
         ({"method": "gradient", "batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"method": "smoothgrad", "samples": 0}, "samples must be at least 1, got 0"),
+        ({"method": "smoothgrad", "samples": 1}, "samples must be at least 2, got 1"),
+        ({"method": "rise", "samples": 1}, "samples must be at least 2, got 1"),
+        ({"method": "shapley_sampling", "samples": 1}, "samples must be at least 2, got 1"),
         ({"method": "smoothgrad", "samples": 2.5}, "samples must be of type int, got 2.5 (float)"),
         ({"method": "kernel_shap", "samples": True}, "samples must be of type int, got True (bool)"),
         ({"method": "smoothgrad", "noise": -0.1}, "noise must be finite and at least 0, got -0.1"),
@@ -118,7 +123,13 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
             "baseline of shape (4,) cannot be broadcast to x, (2, 2, 6, 6)",
         ),
         ({"method": "rise", "baseline": math.inf}, "baseline has NaN or infinity"),
+        ({"method": "rise", "baseline": None}, "baseline must be of type float or Tensor, got None (NoneType)"),
+        ({"method": "deeplift", "baseline": True}, "baseline must be of type float or Tensor, got True (bool)"),
+        ({"method": "occlusion", "baseline": {}}, "baseline must be a number or a tensor, got dict"),
+        ({"method": "guided_ig", "baseline": ["grey"]}, "baseline must be a number or a tensor, got list"),
         ({"method": "rise", "baseline": "grey"}, "baseline must be of type float or Tensor, got 'grey' (str)"),
+        ({"method": "kernel_shap", "segments": None}, "segments must be of type int or Tensor, got None (NoneType)"),
+        ({"method": "kernel_shap", "segments": [[0], [0, 1]]}, "segments must be a number or a tensor, got list"),
         ({"method": "feature_ablation", "segments": 1}, "segments must be at least 2, got 1"),
         ({"method": "feature_ablation", "segments": 2.5}, "segments must be of type int or Tensor, got 2.5 (float)"),
         (
@@ -217,3 +228,73 @@ def test_a_method_whose_result_has_another_shape(per_channel: bool, message: str
         assert str(error.value) == f"attribution 'flat' must give {message}"
     finally:
         del ATTRIBUTIONS["flat"]
+
+
+@pytest.mark.parametrize("given", [0.1, np.float64(0.1), np.full((2, 6, 6), 0.1), torch.tensor(0.1, dtype=F64), [0.1]])
+def test_a_baseline_arrives_as_precise_as_the_images_are(given: Any) -> None:
+    model, x, seen = linear(), images(2, 2, 6), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    attribute(model, x, method="shapley_sampling", segments=(x[:, 0] > 0).long(), samples=2, baseline=given)
+    assert (seen[1][0] == 0.1).all()  # to the last bit, of float64
+
+
+def test_a_baseline_of_whole_numbers() -> None:
+    model, x = linear(), images(2, 2, 6)
+    whole, fraction = (attribute(model, x, method="deeplift", baseline=b) for b in (torch.tensor(1), 1.0))
+    assert torch.equal(whole, fraction)
+
+
+class Wave(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+def waves(x: Tensor) -> nn.Module:
+    """A network in which no two pixels act independently."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 40), Wave(), nn.Linear(40, 3)).to(x)
+    with torch.no_grad():
+        model[1].weight.mul_(6)
+    return model
+
+
+STRIPES = (torch.arange(100) // 4).view(1, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("method", "few", "many", "said"),
+    [
+        ("smoothgrad", {"samples": 20}, {"samples": 4000, "noise": 0.05}, "noise is expected"),
+        ("rise", {"samples": 20}, {"samples": 40000, "grid": 2}, "noise is expected"),
+        ("shapley_sampling", {"samples": 2}, {"samples": 400}, "noise is expected"),
+        ("kernel_shap", {"samples": 100}, {"samples": 8000}, "noise is expected"),
+        ("integrated_gradients", {"steps": 1}, {"steps": 300}, "the sum is more than a tenth off the change"),
+    ],
+)
+def test_a_rough_map_is_called_so_once(
+    method: str, few: dict[str, Any], many: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = images(4, 1, 10, torch.float32)
+    if "shap" in method:
+        few, many = ({"segments": STRIPES.expand(4, -1, -1), **options} for options in (few, many))
+    with caplog.at_level(logging.WARNING, "sdecor"):
+        attribute(waves(x), x, method=method, **many)
+        assert caplog.messages == []
+        attribute(waves(x), x, method=method, **few)
+    (message,) = caplog.messages
+    assert message.startswith(f"{method}: {said}")
+    assert " of 4 images, at most " in message
+    assert message.endswith(f"more {'steps' if 'steps' in few else 'samples'} lower it")
+
+
+@pytest.mark.parametrize("method", ["smoothgrad", "rise", "shapley_sampling", "kernel_shap"])
+def test_the_noise_that_is_expected_is_that_between_seeds(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, shares = images(1, 1, 10, torch.float32), []
+    options = {"samples": 150, **({"segments": STRIPES} if "shap" in method else {})}
+    module = sdecor.attribution.gradients if method == "smoothgrad" else sdecor.attribution.perturbation
+    monkeypatch.setattr(module, "noisy", lambda error, result: shares.append(float(error.norm() / result.norm())))
+    maps = torch.cat([attribute(waves(x), x, method=method, seed=s, **options) for s in range(60)]).flatten(1)
+    if method == "rise":
+        maps = maps - maps.mean(1, keepdim=True)
+    found = maps.std(0).norm() / maps.norm(dim=1).mean()
+    assert float(found) == pytest.approx(sum(shares) / 60, rel=0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import F64, Counting, captum, flags, images, linear, network
+from maps import trained
+from networks import CHEAP, F64, Counting, captum, flags, images, linear, network
 from torch import Tensor, nn
 
-from sdecor.attribution import attribute, superpixels
+from sdecor.attribution import ATTRIBUTIONS, attribute, superpixels
 from sdecor.models import build
 from sdecor.saliency import frozen_eval, logits_and_gradient
 
@@ -68,13 +70,69 @@ def test_methods_that_are_captums(name: str) -> None:
         close = {"rtol": 1e-6, "atol": 1e-10} if theirs.dtype == F64 else {"rtol": 1e-5, "atol": 1e-7}  # captum's dtype
         torch.testing.assert_close(attribute(model, x, y, method, **options), theirs.double(), **close)
         assert theirs.abs().max() > 1e-4
-    for method, kind in (("kernel_shap", "KernelShap"), ("shapley_sampling", "ShapleyValueSampling")):
-        ours = attribute(model, x, y, method, seed=4, segments=labels * 7 - 2, samples=20, baseline=base)
-        for i in range(3):
-            torch.manual_seed(4)
-            one = {k: v[i : i + 1] if k != "baselines" else v for k, v in regions.items()}
-            theirs = captum(kind, model, x[i : i + 1], **one, n_samples=20)[:, 0].double()
-            torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-3, atol=1e-5)
+    ours = attribute(model, x, y, "shapley_sampling", seed=4, segments=labels * 7 - 2, samples=20, baseline=base)
+    for i in range(3):
+        torch.manual_seed(4)
+        one = {k: v[i : i + 1] if k != "baselines" else v for k, v in regions.items()}
+        theirs = captum("ShapleyValueSampling", model, x[i : i + 1], **one, n_samples=20)[:, 0].double()
+        torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-5, atol=1e-7)
+
+
+def shapley(model: nn.Module, x: Tensor, y: int, labels: Tensor, base: Tensor) -> Tensor:
+    """Shapley values by their definition, the mean over all orders, as a map."""
+    count = int(labels.max()) + 1
+    sets = torch.tensor(list(itertools.product([False, True], repeat=count)))
+    shown = torch.where(sets[:, labels].unsqueeze(1), x, base)
+    value = dict(zip(map(tuple, sets.tolist()), logits_and_gradient(model, shown)[0][:, y].tolist(), strict=True))
+    result = torch.zeros(count, dtype=F64)
+    for order in itertools.permutations(range(count)):
+        members = [False] * count
+        for i in order:
+            before, members[i] = tuple(members), True
+            result[i] += (value[tuple(members)] - value[before]) / math.factorial(count)
+    return result[labels]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_kernel_shap_of_few_regions_is_exact(count: int) -> None:
+    model, x, base, y = network(), images(3), images(1), torch.tensor([0, 4, 2])
+    labels = torch.arange(256).view(1, 16, 16) * count // 256
+    expected = torch.stack([shapley(model, x[i], int(y[i]), labels[0], base[0]) for i in range(3)])
+    how: dict[str, Any] = {"segments": labels.expand(3, -1, -1), "baseline": base}
+    for samples in (2**count - 2, 500):
+        ours = attribute(model, x, y, "kernel_shap", samples=samples, **how)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    near = attribute(model, x, y, "shapley_sampling", samples=300, **how)
+    assert (near - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(("count", "least"), [(4, 14), (5, 20), (49, 196)])
+def test_kernel_shap_refuses_samples_that_give_noise(count: int, least: int) -> None:
+    model, x = network(), images(2)
+    labels = (torch.arange(256).view(1, 16, 16) * count // 256).expand(2, -1, -1)
+    with pytest.raises(ValueError) as error:
+        attribute(model, x, method="kernel_shap", segments=labels, samples=least - 1)
+    assert str(error.value) == f"samples must be at least {least} for {count} regions, got {least - 1}"
+    assert attribute(model, x, method="kernel_shap", segments=labels, samples=least).isfinite().all()
+
+
+def test_kernel_shap_is_complete_and_nearer_than_captums() -> None:
+    model, x, y = trained()
+    x, y = x[:2], y[:2]
+    how: dict[str, Any] = {"segments": (torch.arange(64).view(1, 8, 8) // 2).expand(2, -1, -1), "baseline": -1.0}
+    logits = logits_and_gradient(model, torch.cat([x, torch.full_like(x[:1], -1)]))[0]
+    change = (logits[:2] - logits[2]).gather(1, y[:, None])[:, 0]
+    truth = attribute(model, x, y, "kernel_shap", samples=50000, **how)
+    ours = [attribute(model, x, y, "kernel_shap", samples=500, seed=seed, **how) for seed in range(2)]
+    for result in (truth, *ours):
+        torch.testing.assert_close(result.sum((1, 2)) / 2, change, rtol=1e-5, atol=1e-5)
+    theirs = []
+    for one, k, labels in zip(x.split(1), y.split(1), how["segments"].split(1), strict=True):
+        torch.manual_seed(0)
+        theirs.append(captum("KernelShap", model, one, -1.0, k, feature_mask=labels.unsqueeze(1), n_samples=500)[0, 0])
+    off = [float((result - truth).norm() / truth.norm()) for result in (*ours, torch.stack(theirs))]
+    assert max(off[:2]) < min(0.1, off[2] / 2)
+    assert np.corrcoef(*(result[0].flatten() for result in ours))[0, 1] > 0.99
 
 
 def test_smoothgrad_is_captums_noise_tunnel_with_the_noise_of_its_own_range() -> None:
@@ -142,6 +200,23 @@ def test_rise_has_the_expectation_of_a_linear_probability() -> None:
     expected = (keep * (start + keep * change.sum()) + covariance @ change) / keep
     torch.testing.assert_close(ours.flatten(), expected, rtol=0.03, atol=0)
     assert (expected.max() - expected.min()) > 0.01
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (13, 20), (5, 9)])
+def test_rise_is_the_sum_of_its_masks_by_their_probabilities(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, y = nn.Sequential(nn.Flatten(), nn.Linear(3 * math.prod(shape), 4)).double(), torch.tensor([2])
+    x, base = torch.randn(2, 1, 3, *shape, dtype=F64)
+    ours = attribute(model, x, y, "rise", samples=30, grid=4, keep=0.4, baseline=base, seed=3, batch_size=7)
+    torch.manual_seed(3)
+    cells = [-(-side // 4) for side in shape]
+    coarse = (torch.rand(30, 1, 4, 4) < 0.4).double()
+    shift = (torch.rand(30, 2) * torch.tensor(cells)).long().tolist()
+    large = F.interpolate(coarse, [5 * cell for cell in cells], mode="bilinear", align_corners=False)
+    masks = torch.stack([m[:, i : i + shape[0], j : j + shape[1]] for m, (i, j) in zip(large, shift, strict=True)])
+    probability = logits_and_gradient(model, base + (x - base) * masks)[0].softmax(1)[:, 2]
+    expected = (probability.view(-1, 1, 1) * masks[:, 0]).sum(0) / (30 * 0.4)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=1e-8)  # F.interpolate has weights of single precision
 
 
 def test_rise_keeps_everything_or_sees_nothing() -> None:
@@ -287,8 +362,9 @@ def twice(h: Tensor, relu: nn.Module) -> Tensor:
 KINDS = "ReLU, ELU, LeakyReLU, Sigmoid, Tanh, Softplus, MaxPool2d"
 OTHER = (
     f"deeplift needs every nonlinearity of Parts to be one of the modules {KINDS}; it has another one, or a function "
-    "such as F.relu"
+    "such as F.relu: a map sums to "
 )
+GUIDED = "guided_backprop"
 FUNCTION = "guided_backprop needs ReLUs that are modules (nn.ReLU); Parts applies ReLU as a function"
 NONE = "guided_backprop needs ReLUs that are modules (nn.ReLU); Parts has none"
 
@@ -313,8 +389,77 @@ def test_models_that_a_method_would_be_wrong_for(method: str, model: nn.Module, 
     before = flags(model)
     with pytest.raises(ValueError) as error:
         attribute(model, images(2, 1, 6, torch.float32), method=method)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message) if message == OTHER else str(error.value) == message
     assert flags(model) == before
+
+
+class Far(nn.Module):
+    """Bends far from where noise of unit size would look."""
+
+    def __init__(self, bend: Any) -> None:
+        super().__init__()
+        self.bend = bend
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.bend(1 - 0.01 * x).flatten(1).sum(1)
+        return torch.stack([answer, 0 * answer], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_deeplift_is_checked_where_it_is_used(dtype: torch.dtype) -> None:
+    x, y = torch.full((3, 1, 2, 2), 50.0, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+    straight = attribute(Far(F.relu), x, y, "deeplift")  # in no image does it bend
+    torch.testing.assert_close(straight, torch.full_like(x, -0.5))
+    x[1] = 200
+    for start in (0, 1):
+        with pytest.raises(ValueError, match="sums to 0, its logit changes by -4$") as error:
+            attribute(Far(F.relu), x[start:], y[start:], "deeplift")
+        assert "every nonlinearity of Far to be one of the modules ReLU" in str(error.value)
+    right = attribute(Far(nn.ReLU()), x, y, "deeplift")
+    torch.testing.assert_close(right, torch.stack([x[0] * 0 - 0.5, x[1] * 0 - 1, x[2] * 0 - 0.5]))
+
+
+class Branch(nn.Module):
+    """Applies ReLU as a module, or as a function where an image is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.head = nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1)
+        return self.head(torch.cat([F.relu(row) if row.mean() > 1 else self.relu(row) for row in h.split(1)]))
+
+
+@pytest.mark.parametrize("rectify", [lambda h: h.clamp(min=0), lambda h: h.clamp_min(0), lambda h: h.clamp(0, 6)])
+def test_guided_backprop_looks_at_all_images_and_all_names_of_relu(rectify: Any) -> None:
+    x = torch.randn(4, 1, 2, 2) * 0.1
+    assert attribute(Branch(), x, method="guided_backprop").shape == x.shape
+    x[2] += 5
+    with pytest.raises(ValueError, match=r"nn\.ReLU\); Branch applies ReLU as a function"):
+        attribute(Branch(), x, method="guided_backprop")
+    with pytest.raises(ValueError) as error:
+        attribute(
+            Parts(lambda h, relu: rectify(relu(h) - 0.1), nn.ReLU()), images(2, 1, 6, torch.float32), None, GUIDED
+        )
+    assert str(error.value) == FUNCTION
+    kept = Parts(lambda h, relu: relu(h) / h.norm(dim=1, keepdim=True).clamp(min=1e-6), nn.ReLU())  # no ReLU
+    assert attribute(kept, images(2, 1, 6, torch.float32), method="guided_backprop").isfinite().all()
+
+
+def test_half_precision_is_full_precision_rounded() -> None:
+    for method in ATTRIBUTIONS:
+        model, x, y = network("lenet").float(), images(2, dtype=torch.float32), torch.tensor([0, 4])
+        options = {
+            **CHEAP.get(method, {}),
+            **({"segments": superpixels(x, 6)} if "segments" in CHEAP.get(method, {}) else {}),
+        }
+        full = attribute(model, x, y, method, **options)
+        for dtype in (torch.bfloat16, torch.float16):
+            rounded = attribute(model.to(dtype), x.to(dtype), y, method, **options)
+            assert rounded.dtype == dtype
+            off = (rounded.float() - full).norm() / full.norm()
+            assert off < 100 * torch.finfo(dtype).eps ** 0.9, (method, off)
 
 
 def test_deeplift_refuses_pooling_windows_that_overlap() -> None:

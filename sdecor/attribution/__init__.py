@@ -17,6 +17,7 @@ call finds at the seed. The result is signed, ``(B, C, H, W)``, or ``(B, H, W)``
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from sdecor.saliency import checked_images, classes_of, frozen_eval, logits_of
 
 __all__ = ["ATTRIBUTIONS", "attribute", "attribution", "superpixels"]
 
+log = logging.getLogger("sdecor")
 attribution = ATTRIBUTIONS.register
 superpixels = perturbation.superpixels
 
@@ -49,10 +51,11 @@ def attribute(
     """How much each pixel contributes to a class logit: detached, with the dtype and device of `x`.
 
     Model, images and target are as in `sdecor.saliency`; ``sdecor list attributions NAME`` shows the `options`. A
-    forward pass has at most `batch_size` rows. An image's result does not depend on that, or on the images beside it:
-    random draws start from `seed` for each image, and torch's global state is left as it was. `progress` shows a bar;
-    None shows one on a terminal, for slow methods. What is unknown or impossible is a ValueError, and so is a model
-    that the method would be wrong for.
+    forward pass has at most `batch_size` rows. An image's result does not depend on that, or on the images beside it,
+    up to rounding: random draws start from `seed` for each image, and torch's global state is left as it was.
+    `progress` shows a bar; None shows one on a terminal, for slow methods. What is unknown or impossible is a
+    ValueError, and so is a model that the method would be wrong for. If half of a map is likely to be noise, or a sum
+    that should be the change of the logit is a tenth off, the logger ``sdecor`` warns of it, once a call.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -74,16 +77,20 @@ def attribute(
         torch.enable_grad(),
         frozen_eval(model),
         torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
-        warnings.catch_warnings(),
+        warnings.catch_warnings(record=True) as said,
         tqdm(total=len(x), desc=entry.title, unit="image", leave=False, disable=hidden) as bar,
     ):
         warnings.simplefilter("ignore")  # captum announces its hooks
+        warnings.simplefilter("always", gradients.Rough)
+        if target is not None and not entry.predicts:
+            with torch.no_grad():
+                classes_of(logits_of(model, x[:1].detach().clone()), target)
         for start in range(0, len(x), images):
             rows = slice(start, start + images)
             part, chosen = x[rows].detach().clone(), None if target is None else target[rows]
-            if not entry.predicts:
+            if target is None and not entry.predicts:
                 with torch.no_grad():
-                    chosen = classes_of(logits_of(model, part if chosen is None else part[:1]), chosen)
+                    chosen = classes_of(logits_of(model, part))
             here = {name: value[rows] if isinstance(value, Tensor) else value for name, value in options.items()}
             torch.manual_seed(seed)
             result = entry.function(model, part, chosen, batch_size, **here).detach().to(x.dtype)
@@ -93,13 +100,19 @@ def attribute(
                 raise ValueError(f"attribution '{method}' must give {wanted}; it gave {got}")
             parts.append(result)
             bar.update(len(part))
+    if errors := [w.message.args for w in said if isinstance(w.message, gradients.Rough)]:
+        worst, of, option = max(errors)
+        log.warning(
+            "%s: %s in %d of %d images, at most %.0f %%; more %s lower it",
+            *(method, of, len(errors), len(x), 100 * worst, option),
+        )
     return torch.cat(parts)
 
 
 def _for_images(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
     """The options, what belongs to single images as a tensor with a row for each."""
     if "baseline" in options:
-        baseline = torch.as_tensor(options["baseline"]).detach().to(x)
+        baseline = _tensor("baseline", options["baseline"], x.device, x.dtype).detach()
         try:
             options["baseline"] = baseline.expand(x.shape)
         except RuntimeError:
@@ -108,8 +121,16 @@ def _for_images(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
         if not baseline.isfinite().all():
             raise ValueError("baseline has NaN or infinity")
     if not isinstance(options.get("segments", 0), int):
-        options["segments"] = labels = torch.as_tensor(options["segments"]).to(x.device)
+        options["segments"] = labels = _tensor("segments", options["segments"], x.device)
         if labels.is_floating_point() or labels.shape != x[:, 0].shape:
             wanted, got = tuple(x[:, 0].shape), f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ValueError(f"segments must be integer labels of shape {wanted}; got {got}")
     return options
+
+
+def _tensor(name: str, value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`value` as a tensor; a number arrives in `dtype` as it is."""
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number or a tensor, got {type(value).__name__}") from None

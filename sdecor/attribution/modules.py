@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdecor.attribution.gradients import Value, by_captum
+from sdecor.attribution.gradients import Value, by_captum, missed
 from sdecor.models import channels_first
 from sdecor.models import layer as find_layer
 from sdecor.registers import ATTRIBUTIONS
@@ -29,12 +29,23 @@ _RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn
 def deeplift(model: nn.Module, x: Tensor, y: Tensor, rows: int, *, baseline: Value = 0.0) -> Tensor:
     """What each pixel's difference from `baseline` adds to that of the logit, by the rescale rule of each nonlinearity.
 
-    The sum is the difference of the logits. Every nonlinearity must be a module that has a rule.
+    The sum is the difference of the logits, which is checked. Every nonlinearity must be a module that has a rule.
     """
-    model, count = _rescalable(model, x), max(1, rows // 2)  # a row each for the baselines
-    parts = zip(*(v.split(count) for v in (x, torch.as_tensor(baseline), y)), strict=True)
-    with _hooks(_rescaled(model), _own_input, before=True):
-        return torch.cat([by_captum("DeepLift", model, a.clone(), t, baselines=b.clone()) for a, b, t in parts])
+    kind, model, count = type(model).__name__, _rescalable(model, x), max(1, rows // 2)  # a row each for the baselines
+    smallest = max(1e-10, torch.finfo(x.dtype).tiny)  # change that captum divides by: 1e-10 is 0 in half precision
+    logits: list[Tensor] = []
+    keep = _hooks([model], lambda module, inputs, output: logits.append(output))
+    results = []
+    with _hooks(_rescaled(model), _own_input, before=True), keep:
+        for a, b, t in zip(*(v.split(count) for v in (x, torch.as_tensor(baseline), y)), strict=True):
+            results.append(by_captum("DeepLift", model, a.clone(), t, made={"eps": smallest}, baselines=b.clone()))
+            missing, change = missed(results[-1], logits.pop(), t)
+            for i in (~(missing == 0)).nonzero().flatten().tolist():
+                wanted = f"one of the modules {', '.join(kind.__name__ for kind in _RESCALED)}"
+                other = "it has another one, or a function such as F.relu"
+                got = f"a map sums to {results[-1][i].sum().item():.4g}, its logit changes by {change[i].item():.4g}"
+                raise ValueError(f"deeplift needs every nonlinearity of {kind} to be {wanted}; {other}: {got}")
+    return torch.cat(results)
 
 
 def _rescaled(model: nn.Module) -> list[nn.Module]:
@@ -42,25 +53,14 @@ def _rescaled(model: nn.Module) -> list[nn.Module]:
 
 
 def _rescalable(model: nn.Module, x: Tensor) -> nn.Module:
-    """The model with each module of `_RESCALED` used once, if all its other parts are affine."""
+    """The model with each module of `_RESCALED` used once; what a pass of one image calls decides."""
     calls: Counter[nn.Module] = Counter()
-
-    def straight(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        calls[module] += 1
-        return inputs[0].clone() if output.shape == inputs[0].shape else F.interpolate(inputs[0], output.shape[2:])
-
-    with torch.no_grad(), _hooks(_rescaled(model), straight):
-        a, b = torch.randn(2, 1, *x.shape[1:]).to(x)
-        values = torch.stack([model(v) for v in (a + b, a, b, torch.zeros_like(a))])
-    bend = (values[0] - values[1] - values[2] + values[3]).abs().max()
-    if bend > torch.finfo(x.dtype).eps ** 0.5 * values.abs().max():
-        wanted = f"one of the modules {', '.join(kind.__name__ for kind in _RESCALED)}"
-        other = "it has another one, or a function such as F.relu"
-        raise ValueError(f"deeplift needs every nonlinearity of {type(model).__name__} to be {wanted}; {other}")
+    with torch.no_grad(), _hooks(_rescaled(model), lambda module, *_: calls.update([module])):
+        model(x[:1].clone())
     for pool in (module for module in calls if isinstance(module, nn.MaxPool2d)):
         if pool.dilation not in (1, (1, 1)) or (torch.tensor(pool.stride) < torch.tensor(pool.kernel_size)).any():
             raise ValueError(f"deeplift has no rule for windows that overlap, as in {pool}")
-    reused = [name for name, module in model.named_modules() if calls[module] > 4]  # more than once in each pass
+    reused = [name for name, module in model.named_modules() if calls[module] > 1]
     try:
         return _unrolled(model) if reused else model
     except Exception as error:
@@ -144,18 +144,23 @@ def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor
     """Gradient that each ReLU lets back only where it is positive. Every ReLU must be an ``nn.ReLU``."""
     relus = [m for m in model.modules() if isinstance(m, nn.ReLU)]
     calls: list[nn.Module] = []
-    with _hooks(relus, lambda module, *_: calls.append(module)):
-        pending, seen = [logits_of(model, x[:1].clone().requires_grad_()).grad_fn], set()
+    ends: list[Tensor] = []
+    with (
+        _hooks(relus, _own_input, before=True),
+        _hooks(relus, lambda module, *_: calls.append(module)),
+        _hooks([model], lambda module, inputs, output: ends.append(output)),
+    ):
+        result = by_captum("GuidedBackprop", model, x, y)
+    pending, seen = [ends[-1].grad_fn], set()
     while pending:
         if (node := pending.pop()) is not None and node not in seen:
             seen.add(node)
             pending += [parent for parent, _ in node.next_functions]
-    found = sum(node.name() == "ReluBackward0" for node in seen)
+    found = sum(n.name() == "ReluBackward0" or getattr(n, "_saved_min", None) == 0 for n in seen)  # or clamp(min=0)
     if not calls or found > len(calls):
         problem = "applies ReLU as a function" if found else "has none"
         raise ValueError(f"guided_backprop needs ReLUs that are modules (nn.ReLU); {type(model).__name__} {problem}")
-    with _hooks(relus, _own_input, before=True):
-        return by_captum("GuidedBackprop", model, x, y)
+    return result
 
 
 def _own_input(module: nn.Module, inputs: Any) -> Any:
