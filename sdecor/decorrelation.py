@@ -23,14 +23,20 @@ def _squares_off_diagonal(m: Tensor) -> Tensor:
 
 
 def correlation_matrix(cov: Tensor) -> Tensor:
-    """Correlations of each group from its covariance ``(G, g, g)``; rows of constant channels are 0."""
+    """Correlations of each group from its covariance ``(G, g, g)``; rows of constant channels are 0.
+
+    Below a standard deviation of 1e-4 a channel is divided by that, and not by its own.
+    """
     scale = cov.diagonal(dim1=-2, dim2=-1).clamp_min(_VARIANCE_FLOOR).sqrt()
     return cov / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
 
 
 @penalty(label="squared correlation")
 def correlation(x: Tensor) -> Tensor:
-    """Mean squared off-diagonal correlation, in [0, 1], blind to scale (our default)."""
+    """Mean squared off-diagonal correlation, in [0, 1]; our default.
+
+    It is blind to scale down to a standard deviation of 1e-4: a channel below that counts the less, the smaller it is.
+    """
     c = correlation_matrix(covariance(x)[1])
     pairs = max(c.shape[-1] * (c.shape[-1] - 1), 1)
     return (_squares_off_diagonal(c) / pairs).mean()
@@ -54,7 +60,7 @@ def covariance_to_identity(x: Tensor) -> Tensor:
 
 @penalty(label="Barlow Twins", source="arXiv:2103.03230")
 def barlow(x: Tensor, off_diagonal_weight: float = 0.0051) -> Tensor:
-    """The redundancy reduction of Barlow Twins with the batch as both views."""
+    """The redundancy reduction of Barlow Twins with the batch as both views; blind to scale as `correlation` is."""
     c = correlation_matrix(covariance(x)[1])
     on = (1 - c.diagonal(dim1=-2, dim2=-1)).square().sum(-1)
     return (on + off_diagonal_weight * _squares_off_diagonal(c)).mean()

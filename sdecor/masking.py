@@ -16,6 +16,13 @@ from sdecor.registers import FILLS
 fill = FILLS.register
 
 
+def require_tensors(**values: object) -> None:
+    """Say which of the values, by their names, is no tensor, if one is not."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
+
+
 def lowest(score: Tensor, fraction: float) -> Tensor:
     """Mark the share `fraction` of each image's pixels with the lowest score ``(B, H, W)``.
 
@@ -29,6 +36,7 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
+    require_tensors(score=score)
     flat = score.flatten(1)
     count = round(fraction * flat.shape[1])
     if flat.device.type == "cpu" and flat.dtype == torch.float32 and count:  # several times as fast as topk, if no ties
@@ -48,6 +56,9 @@ def replacement(
     `value` is for ``constant``, in the units of `x` (0 is the mean pixel of normalized images). With `common`, every
     image has the same noise, scaled to its range, so that its fill does not depend on the images beside it.
     """
+    require_tensors(x=x)
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of a floating type, got {x.dtype}")
     filled: Tensor = FILLS[kind].ask({"x": x, "value": value, "common": common, "generator": generator})
     return filled
 
@@ -55,12 +66,12 @@ def replacement(
 @fill
 def uniform(x: Tensor, common: bool, generator: Generator | None) -> Tensor:
     """Noise between the least and the greatest value of the same image and channel."""
-    flat = x.contiguous().flatten(2)
-    low, high = flat.amin(2), flat.amax(2)  # twice as fast as aminmax
-    low, span = low[..., None, None], (high - low)[..., None, None]
+    flat, kind = x.contiguous().flatten(2), torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse
+    low, high = (end[..., None, None].to(kind) for end in (flat.amin(2), flat.amax(2)))  # twice as fast as aminmax
     device = x.device if generator is None else generator.device
-    noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=x.dtype).to(x.device)
-    return torch.addcmul(low, noise, span) if common else torch.addcmul(low, noise, span, out=noise)
+    noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=kind).to(x.device)
+    span = high - low
+    return (torch.addcmul(low, noise, span) if common else torch.addcmul(low, noise, span, out=noise)).to(x.dtype)
 
 
 @fill
@@ -88,6 +99,7 @@ def blur(x: Tensor) -> Tensor:
 
 def masked(x: Tensor, mask: Tensor, filling: Tensor) -> Tensor:
     """Images with `filling`, a tensor of their shape as from `replacement`, where `mask` is True."""
+    require_tensors(x=x, mask=mask, filling=filling)
     kinds = {(t.device.type, t.dtype, t.requires_grad) for t in (x, filling)}
     if kinds == {("cpu", torch.float32, False)}:  # torch.where branches at every pixel, and guesses half of them wrong
         new, old = filling.view(torch.int32), x.view(torch.int32)
@@ -105,6 +117,7 @@ def impute(
     Gaussian `noise` of that standard deviation, common to all images: the noisy linear imputation of Rong et al. 2022
     (arXiv:2202.00449). An image that is masked whole becomes the mean of each of its channels.
     """
+    require_tensors(x=x, mask=mask)
     if mask.shape != (expected := (x.shape[0], *x.shape[2:])) or mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean of shape {expected}, got {tuple(mask.shape)} of {mask.dtype}")
     size = len(x) if x.is_cuda else 2**16 // x.shape[1:].numel()  # on a CPU as many images as its cache holds

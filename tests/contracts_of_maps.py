@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -224,6 +225,21 @@ def measure_of_an_image_is_its_own(entry: Measure) -> None:
 
 
 @promise("measure")
+def measure_takes_every_precision(entry: Measure) -> None:
+    plain = case()
+    assert plain.model is not None and plain.images is not None
+    expected = value_of(entry, plain)
+    for dtype, most in ((torch.float64, 1e-2), (torch.bfloat16, 0.15), (torch.float16, 0.1)):
+        mixed = replace(plain, attribution=plain.attribution.to(dtype))
+        rounded = replace(mixed, model=copy.deepcopy(plain.model).to(dtype), images=plain.images.to(dtype))
+        for what, other in (("maps", mixed), ("all", rounded)):
+            value = value_of(entry, other)
+            off = (value - expected).abs() / expected.abs().clamp(min=1)
+            if dtype != F64 or what == "maps":  # of double precision all random numbers are others
+                keeps(entry, (off <= most).all(), f"{what} in {dtype} give nearly what float32 gives, not {value}")
+
+
+@promise("measure")
 def measure_changes_nothing_and_draws_by_its_seed(entry: Measure) -> None:
     plain = case()
     assert plain.model is not None and plain.images is not None and plain.target is not None
@@ -272,6 +288,10 @@ def measure_needs_what_it_says(entry: Measure) -> None:
 def measure_says_what_it_cannot_take(entry: Measure) -> None:
     needed, plain = needs(entry.name), case(3)
     refuses(entry, lambda: replace(plain, attribution=plain.attribution * math.nan), "attribution has NaN")
+    for part in ("attribution", "mask", "images", "target"):
+        for other in (getattr(plain, part).numpy(), getattr(plain, part).tolist()):
+            words = f"{part} must be a tensor, got {type(other).__name__}; pass torch.as_tensor({part})"
+            refuses(entry, lambda part=part, other=other: replace(plain, **{part: other}), words)
     refuses(entry, lambda: replace(plain, images=torch.zeros(3, 1, 5, 8)), "images have shape")
     wrong: list[tuple[dict[str, Any], str]] = []
     if "mask" in needed:

@@ -122,6 +122,12 @@ def test_copies_correlate_fully() -> None:
     assert float(decorrelation(copies, kind="barlow", group_size=4)) == pytest.approx(12 * 0.0051, abs=1e-12)
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 1.0), (1.001e-4, 1.0), (1e-5, 1e-4), (1e-6, 1e-8)])
+def test_correlation_is_blind_to_scale_down_to_its_floor(scale: float, expected: float) -> None:
+    a = uncorrelated(c=1, std=scale) - 5
+    assert float(decorrelation(torch.cat([a, -a], 1), group_size=2)) == pytest.approx(expected, rel=1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     scales=st.lists(st.floats(0.01, 1e3), min_size=4, max_size=4),

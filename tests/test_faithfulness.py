@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from functools import partial
@@ -369,6 +370,10 @@ def test_what_fills(trained: Any) -> None:
         ({"order": "best"}, "unknown order 'best'; known: most, least, random"),
         ({"output": "loss"}, "unknown output 'loss'; known: probability, logit, correct"),
         ({"fill": "noise"}, "unknown fill 'noise'; known: uniform, mean, constant, blur, linear, or a tensor"),
+        (
+            {"fill": ("mean", "blur")},
+            "unknown fill of type tuple; known: uniform, mean, constant, blur, linear, or a tensor",
+        ),
         ({"fill": torch.ones(3, 8, 8)}, "fill has shape (3, 8, 8), images (9, 2, 8, 8); it must broadcast to that"),
         ({"patch": 3}, "patch=3 does not divide images of 8 x 8 pixels"),
         ({"patch": 0}, "patch=0 does not divide images of 8 x 8 pixels"),
@@ -393,9 +398,10 @@ def test_bad_curves(changes: dict[str, Any], message: str, trained: Any) -> None
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (partial(faithfulness_correlation, sets=1), "sets must be at least 2, got 1"),
+        (partial(faithfulness_correlation, sets=1), "sets must be at least 3, got 1"),
         (partial(faithfulness_correlation, share=1), "share must be strictly between 0 and 1, got 1"),
-        (partial(infidelity, draws=0), "draws must be at least 1, got 0"),
+        (partial(infidelity, draws=1), "draws must be at least 2, got 1"),
+        (partial(infidelity, draws=0, normalize=False), "draws must be at least 1, got 0"),
         (
             lambda m, x, t, a: infidelity(m, x, t, a[:, None].expand(-1, 3, -1, -1)),
             "attribution has shape (9, 3, 8, 8), images (9, 2, 8, 8); it must broadcast to that",
@@ -406,3 +412,40 @@ def test_bad_samples(call: Any, message: str, trained: Any) -> None:
     with pytest.raises(ValueError) as caught:
         call(*trained)
     assert str(caught.value) == message
+
+
+def test_what_is_no_tensor_and_images_that_no_model_takes(trained: Any) -> None:
+    model, *parts = trained
+    for function in (perturbation_curve, faithfulness_correlation, infidelity, faithfulness.faithfulness):
+        for i, name in enumerate(("images", "target", "attribution")):
+            for other in (parts[i].tolist(), parts[i].numpy(), None):
+                if other is None and name == "target":
+                    continue
+                with pytest.raises(ValueError) as caught:
+                    function(model, *parts[:i], other, *parts[i + 1 :])
+                words = f"{name} must be a tensor, got {type(other).__name__}; pass torch.as_tensor({name})"
+                assert str(caught.value).replace("saliency", "attribution") == words
+        with pytest.raises(ValueError) as caught:
+            function(model, (parts[0] * 9).int(), *parts[1:])
+        assert str(caught.value) == "images must be of a floating type, as the model takes them, got torch.int32"
+        for other in (parts[1].float(), parts[1] > 0, parts[1][:3]):
+            with pytest.raises(ValueError, match=r"^target must be 9 whole numbers, got shape \("):
+                function(model, parts[0], other, parts[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fill", ["uniform", "mean", "constant", "blur", "linear", torch.zeros(2, 8, 8)])
+def test_curves_in_every_precision(fill: Any, dtype: torch.dtype, trained: Any) -> None:
+    model, images, target, attribution = trained
+    model, images = copy.deepcopy(model).float(), images.float()
+    full = perturbation_curve(model, images, target, attribution, fill=fill, generator=seeded())
+    if dtype == torch.float64:  # maps and fill may be of another precision than the images
+        other = perturbation_curve(
+            model, images, target, attribution.to(dtype), generator=seeded(),
+            fill=fill.to(dtype) if isinstance(fill, Tensor) else fill,
+        )  # fmt: skip
+        assert torch.equal(other, full)
+        return
+    half = model.to(dtype)
+    rounded = perturbation_curve(half, images.to(dtype), target, attribution, fill=fill, generator=seeded())
+    close(rounded, full, 0.1 if dtype == torch.bfloat16 else 0.02)

@@ -13,10 +13,11 @@ import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import BAD_MAPS, close, maps, quantus_scores, scenes
+from maps import BAD_MAPS, close, maps, quantus_scores, scenes, seeded
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+import sdecor.measures.localization
 from sdecor.measures.localization import (
     auroc,
     average_precision,
@@ -29,7 +30,7 @@ from sdecor.measures.localization import (
     relevance_rank,
 )
 
-LOCALIZATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOCALIZATION: dict[str, Callable[..., Tensor]] = {
     "mass": relevance_mass,
     "pointing": pointing_game,
     "rank": relevance_rank,
@@ -384,3 +385,66 @@ def test_bad_tolerance(tolerance: float) -> None:
     with pytest.raises(ValueError) as caught:
         pointing_game(torch.ones(1, 2, 2), torch.ones(1, 2, 2), tolerance)
     assert str(caught.value) == f"tolerance must be a number of pixels, 0 or more, got {tolerance}"
+
+
+@localization_measure
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 4), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_the_chunk_does_not_matter_to_the_last_bit(name: str, count: int, chunk: int, threads: int, ties: bool) -> None:
+    a = torch.rand(count, 190, 190, generator=seeded(count))  # sums of so many are made by several threads
+    a = (a * 8).floor() if ties else a
+    mask = torch.rand(count, 190, 190, generator=seeded(1)) > 0.7
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(LOCALIZATION[name](a, mask, chunk=chunk), LOCALIZATION[name](a, mask))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("chunk", "most"), [(1, 3), (2, 3), (5, 5), (None, 7)])
+def test_no_more_maps_at_a_time_than_a_chunk(chunk: int | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, whole = [], sdecor.measures.localization._thresholds
+    monkeypatch.setattr(
+        sdecor.measures.localization, "_thresholds", lambda flat, inside: sizes.append(len(flat)) or whole(flat, inside)
+    )
+    a = torch.rand(29, 500, 600)
+    auroc(a, a > 0.5, chunk=chunk)
+    assert sum(sizes) == 29
+    assert most - 2 <= max(sizes) <= most
+    assert auroc(a[:0], a[:0] > 0.5, chunk=chunk).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_has_at_least_one_map(chunk: int) -> None:
+    with pytest.raises(ValueError, match=f"^chunk must be at least 1, got {chunk}$"):
+        auroc(torch.ones(2, 2, 2), torch.ones(2, 2, 2), chunk=chunk)
+
+
+@localization_measure
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])
+def test_whole_numbers_and_every_precision_are_maps_and_masks(name: str, kind: torch.dtype) -> None:
+    a, mask = torch.tensor([[[1, 0, 1], [0, 1, 0]]]), torch.tensor([[[1, 1, 0], [0, 0, 0]]])
+    expected = LOCALIZATION[name](a.float(), mask.bool())
+    assert torch.equal(LOCALIZATION[name](a.to(kind), mask), expected)
+    assert torch.equal(LOCALIZATION[name](a.float(), mask.to(kind)), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda v: auroc(v, torch.ones(1, 2, 2)), "saliency"),
+        (lambda v: pointing_game(torch.ones(1, 2, 2), v, tolerance=2), "mask"),
+        (chance_level, "mask"),
+        (lambda v: box_masks(v, 4, 4), "boxes"),
+        (lambda v: mosaic(v, torch.tensor([0])), "images"),
+        (lambda v: mosaic(torch.ones(1, 1, 2, 2), v), "target"),
+    ],
+)
+@pytest.mark.parametrize("value", [[[[1, 0], [0, 1]]], np.ones((1, 2, 2)), None])
+def test_what_is_no_tensor(call: Callable[[object], object], name: str, value: object) -> None:
+    if name == "target" and value is None:
+        pytest.skip("None stands for no target")
+    with pytest.raises(ValueError) as error:
+        call(value)
+    assert str(error.value) == f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})"

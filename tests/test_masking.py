@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maps import seeded
 
 import sdecor.masking
 from sdecor.masking import impute, lowest, masked, replacement
@@ -315,3 +317,44 @@ def test_common_noise_is_scaled_to_each_image() -> None:
     torch.testing.assert_close(noise[0], noise[2])
     alone = replacement(x[2:], common=True, generator=torch.Generator().manual_seed(0))
     assert torch.equal(alone, fill[2:])
+
+
+# What is given --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [[[[0.5]]], np.ones((1, 2, 2)), None])
+def test_what_is_no_tensor(value: Any) -> None:
+    x, mask = torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)
+    for name, call in {
+        "score": lambda: lowest(value, 0.5),
+        "x": lambda: replacement(value),
+        "mask": lambda: impute(x, value),
+        "filling": lambda: masked(x, mask, value),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})"
+
+
+@pytest.mark.parametrize("kind", FILLS)
+def test_images_of_whole_numbers_have_no_fill(kind: str) -> None:
+    with pytest.raises(ValueError) as error:
+        replacement(torch.ones(1, 1, 2, 2, dtype=torch.int64), kind)
+    assert str(error.value) == "x must be of a floating type, got torch.int64"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_full_precision_rounded(dtype: torch.dtype) -> None:
+    x, eps = torch.randn(3, 2, 9, 8), 4 * torch.finfo(dtype).eps
+    mask = lowest(torch.rand(3, 9, 8), 0.4)
+    for call in [
+        *(lambda v, kind=kind: replacement(v, kind, value=0.3, generator=seeded()) for kind in FILLS),
+        lambda v: replacement(v, common=True, generator=seeded()),
+        lambda v: impute(v, mask, generator=seeded()),
+        lambda v: masked(v, mask, -v),
+    ]:
+        rounded = call(x.to(dtype))
+        assert rounded.dtype == dtype
+        torch.testing.assert_close(rounded.float(), call(x), rtol=eps, atol=3 * eps)
+    score = torch.randperm(144).view(2, 9, 8).float()
+    assert torch.equal(lowest(score.to(dtype), 0.4), lowest(score, 0.4))

@@ -315,3 +315,20 @@ def test_cka_of_a_whole_data_set() -> None:
     close(cka(joint, 2), cka(maps[:, :2], maps[:, 2:]), 1e-9)
     with pytest.raises(ValueError, match="^cka takes two tensors, or a Covariance and a number, got Tensor, int$"):
         cka(maps, 2)
+
+
+@pytest.mark.parametrize("value", [[[1.0, 2.0], [3.0, 4.0]], np.ones((4, 2)), None])
+def test_what_is_no_tensor(value: object) -> None:
+    for function in (mean_abs_correlation, effective_rank, participation_ratio, condition_number, Covariance().update):
+        with pytest.raises(ValueError) as error:
+            function(value)
+        words = f"features must be a tensor, got {type(value).__name__}; pass torch.as_tensor(features)"
+        assert str(error.value) == words
+
+
+def test_whole_numbers_and_every_precision_are_features() -> None:
+    z = torch.randint(-9, 9, (40, 6), generator=torch.Generator().manual_seed(0))
+    for kind in (torch.int64, torch.float16, torch.bfloat16, torch.float64):
+        for function in (mean_abs_correlation, effective_rank, participation_ratio, condition_number):
+            assert torch.equal(function(z.to(kind)), function(z.float()))
+        assert torch.equal(cka(z.to(kind), z[:, :2].float()), cka(z.float(), z[:, :2].float()))

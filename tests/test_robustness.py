@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import Explain, close, flags, gradient_map, trained
+from maps import Explain, close, flags, gradient_map, seeded, trained
 from torch import Tensor, nn
 
 from sdecor.measures import robustness
-from sdecor.measures.robustness import attack, explanation_shift, local_lipschitz, max_sensitivity
+from sdecor.measures.robustness import attack, explanation_shift, local_lipschitz, max_sensitivity, spearman, ssim
 from sdecor.models import build
 from sdecor.registers import MODELS
 from sdecor.saliency import logits_and_gradient
@@ -29,14 +29,15 @@ each_measure = pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURE
 
 
 class Power(nn.Module):
-    """One logit, the sum of a power of all values; the gradient of the second power is 2 x."""
+    """Logits of the sum of a power of all values, and of 1 less; the gradient of the second power is 2 x."""
 
     def __init__(self, exponent: int) -> None:
         super().__init__()
         self.exponent = exponent
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1).pow(self.exponent).sum(1, keepdim=True)
+        total = x.flatten(1).pow(self.exponent).sum(1)
+        return torch.stack([total, total - 1], 1)
 
 
 # Random noise
@@ -389,3 +390,38 @@ def test_shift_by_hand() -> None:
     with pytest.raises(ValueError) as caught:
         explanation_shift(lambda x, t: x, images, copies[:, :, :, :1], torch.zeros(5, dtype=torch.int64))
     assert str(caught.value) == "adversarial has shape (5, 1, 1, 1), images have (5, 1, 1, 2)"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_spearman_does_not_depend_on_its_chunk(chunk: int) -> None:
+    a, b = torch.rand(2, 7, 190, 190, generator=seeded())
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(spearman(a, b, chunk=chunk), spearman(a, b))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])
+def test_agreement_of_whole_numbers_and_every_precision(kind: torch.dtype) -> None:
+    a, b = torch.randint(2, (2, 3, 8, 9), generator=seeded())
+    for function in (spearman, ssim):
+        close(function(a.to(kind), b), function(a.float(), b.float()))
+
+
+@pytest.mark.parametrize("value", [[[[1, 0], [0, 1]]], np.ones((1, 2, 2)), None])
+def test_what_is_no_tensor(value: Any) -> None:
+    model, x, y = trained()
+    for name, call in {
+        "a": lambda: spearman(value, torch.ones(1, 2, 2)),
+        "b": lambda: ssim(torch.ones(1, 2, 2), value),
+        "images": lambda: attack(model, value, y, epsilon=0.1),
+        "adversarial": lambda: explanation_shift(gradient_map(model), x, value, y),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})"
+    with pytest.raises(ValueError, match=f"^maps_of must give a tensor, it gave {type(value).__name__}$"):
+        max_sensitivity(lambda x, t: value, x, y)

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import BAD_MAPS, close, maps, one_hot, quantus_scores, scenes
+from maps import BAD_MAPS, close, maps, one_hot, quantus_scores, scenes, seeded
 from torch import Tensor
 
 from sdecor.measures.sharpness import effective_support, entropy, gini, top_mass, total_variation
@@ -173,3 +173,34 @@ def test_bad_fraction(fraction: float) -> None:
     with pytest.raises(ValueError) as caught:
         top_mass(torch.ones(1, 2, 2), fraction)
     assert str(caught.value) == f"fraction must be strictly between 0 and 1, got {fraction}"
+
+
+@sharpness_measure
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_the_chunk_does_not_matter_to_the_last_bit(
+    measure: Callable[..., Tensor], count: int, chunk: int, threads: int
+) -> None:
+    a = torch.rand(count, 190, 190, generator=seeded(count))  # sums of so many are made by several threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(measure(a, chunk=chunk), measure(a))
+    finally:
+        torch.set_num_threads(before)
+
+
+@sharpness_measure
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])
+def test_whole_numbers_and_every_precision(measure: Callable[..., Tensor], kind: torch.dtype) -> None:
+    a = torch.tensor([[[1, 0, 1], [0, 1, 0]]])
+    assert torch.equal(measure(a.to(kind)), measure(a.float()))
+
+
+@sharpness_measure
+@pytest.mark.parametrize("value", [[[[1, 0], [0, 1]]], np.ones((1, 2, 2)), None])
+def test_what_is_no_tensor(measure: Callable[..., Tensor], value: object) -> None:
+    with pytest.raises(ValueError) as error:
+        measure(value)
+    words = f"saliency must be a tensor, got {type(value).__name__}; pass torch.as_tensor(saliency)"
+    assert str(error.value) == words

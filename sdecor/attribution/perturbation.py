@@ -64,8 +64,8 @@ def rise(
     for some, (i, j), factor in zip(coarse.split(rows), shift.T.split(rows, 1), factors.split(rows, 1), strict=True):
         masks = down[i] @ some @ across[j].mT
         with torch.no_grad():
-            probability = logits_of(model, torch.addcmul(torch.as_tensor(baseline), way, masks.unsqueeze(1))).softmax(1)[:, y[0]]
-        sums += (factor * probability) @ masks.flatten(1)
+            logits = logits_of(model, torch.addcmul(torch.as_tensor(baseline), way, masks.unsqueeze(1)))
+        sums += (factor * logits.softmax(1)[:, y].T) @ masks.flatten(1)
     result, alternating = (sums / (samples * keep)).unbind()
     noisy(alternating - alternating.mean(), result - result.mean())  # it is the shape that one looks at
     mean: Tensor = result.view(1, *sides)
@@ -164,8 +164,8 @@ def _played(
     ends = torch.tensor([[False], [True]]).expand(2, seen.shape[1])
     with torch.no_grad():
         parts = (part.to(x.device)[:, labels] for part in torch.cat([ends, seen]).split(rows))
-        logits = torch.cat([logits_of(model, torch.where(part, x, baseline))[:, y[0]] for part in parts])
-    return logits[:2].double().cpu(), logits[2:].double().cpu()
+        logits = torch.cat([logits_of(model, torch.where(part, x, baseline))[:, y] for part in parts])
+    return logits[:2, 0].double().cpu(), logits[2:, 0].double().cpu()
 
 
 def superpixels(x: Tensor, segments: int = 64) -> Tensor:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sdecor.masking import require_tensors
 from sdecor.measures._checks import require_finite
 from sdecor.registers import MEASURES, Entry, Register
 from sdecor.saliency import pixel_score
@@ -92,6 +93,8 @@ class Case:
 
     def __post_init__(self) -> None:
         """Check what not every measure would."""
+        parts = {name: getattr(self, name) for name in ("attribution", "mask", "images", "target", "adversarial")}
+        require_tensors(**{name: part for name, part in parts.items() if part is not None or name == "attribution"})
         maps, of = self.attribution.shape, None if self.images is None else self.images.shape
         if len(maps) not in (3, 4):
             raise ValueError(f"attribution must have shape (B, C, H, W) or (B, H, W), got {tuple(maps)}")
@@ -136,7 +139,7 @@ class Case:
 @quantity()
 def saliency(attribution: Tensor) -> Tensor:
     """Magnitude of each pixel, (B, H, W)."""
-    return pixel_score(attribution)
+    return pixel_score(attribution if attribution.is_floating_point() else attribution.double())
 
 
 @quantity()
@@ -168,7 +171,8 @@ def maps_of(model: nn.Module, explain: Explanation, batch_size: int) -> Callable
     made: dict[bytes, Tensor] = {}
 
     def once(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        key = sha256(images.detach().cpu().numpy().tobytes() + target.cpu().numpy().tobytes()).digest()
+        bits = (part.detach().cpu().contiguous().view(torch.uint8).numpy() for part in (images, target))
+        key = sha256(b"".join(part.tobytes() for part in bits)).digest()  # NumPy has no bfloat16
         if key not in made:
             made[key] = pixel_score(explain(model, images, target))
         return made[key]

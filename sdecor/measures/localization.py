@@ -5,7 +5,9 @@ give (B,) float64 in [0, 1]; higher is better. They are NaN for an empty mask an
 said about either. They raise ValueError for shapes that differ, a mask that is not binary, and negative, NaN or
 infinite saliency. Values are to be read against chance, the score of a constant map: 0.5 for `auroc`, `chance_level`
 (the object's share of the image) for all others. A mask that covers the image scores 1 whatever the map, but `auroc`,
-undefined without background, is NaN. No result depends on how a sort would order pixels of equal height.
+undefined without background, is NaN. No result depends on how a sort would order pixels of equal height. They take
+`chunk` maps at a time, two at least, None as many as have two million pixels: memory depends on that, the result does
+not.
 
 For several objects in one image take the union of their masks.
 """
@@ -13,96 +15,118 @@ For several objects in one image take the union of their masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, one_hot, pad
 
-from sdecor.measures._checks import binary, non_negative, require_finite, require_images, shares
+from sdecor.masking import require_tensors
+from sdecor.measures._checks import binary, by_chunks, non_negative, require_finite, require_images, shares
 from sdecor.measures.case import measure
 from sdecor.registers import Between
 
 
 @measure("mass on object", better="higher", low=0, high=1)
-def relevance_mass(saliency: Tensor, mask: Tensor) -> Tensor:
+def relevance_mass(saliency: Tensor, mask: Tensor, *, chunk: int | None = None) -> Tensor:
     """Share of each map's total that lies on the object.
 
     Source: Arras, Osman and Samek 2022, doi:10.1016/j.inffus.2021.11.008 (arXiv:2003.07258).
     """
-    return _defined((shares(saliency) * binary(mask, saliency.shape)).sum(1).clamp(max=1), saliency, mask)
+    return _on_object(lambda flat, inside: (shares(flat) * inside).sum(1).clamp(max=1), saliency, mask, chunk)
 
 
 @measure("rank on object", better="higher", low=0, high=1)
-def relevance_rank(saliency: Tensor, mask: Tensor) -> Tensor:
+def relevance_rank(saliency: Tensor, mask: Tensor, *, chunk: int | None = None) -> Tensor:
     """Share of the K highest pixels that lie on the object, K being the object's pixels.
 
     Where pixels of equal height compete for the last of the K places, it is the mean over all ways to choose.
     Source: as `relevance_mass`.
     """
-    flat, inside = non_negative(saliency), binary(mask, saliency.shape)
-    size = inside.sum(1, keepdim=True).clamp(min=1)
-    ordered = torch.from_numpy(np.sort(flat.cpu().numpy(), axis=1)).to(flat.device)  # several times as fast as torch's
-    lowest = ordered.gather(1, flat.shape[1] - size)  # of the K highest
-    above, level = flat > lowest, flat == lowest
-    chosen = (size[:, 0] - above.sum(1)).double() / level.sum(1)  # share of the level pixels among the K
-    return _defined(((above & inside).sum(1) + chosen * (level & inside).sum(1)) / size[:, 0], saliency, mask)
+
+    def rank(flat: Tensor, inside: Tensor) -> Tensor:
+        size = inside.sum(1, keepdim=True).clamp(min=1)
+        ordered = torch.from_numpy(np.sort(flat.cpu().numpy(), axis=1)).to(flat.device)  # several times torch's speed
+        lowest = ordered.gather(1, flat.shape[1] - size)  # of the K highest
+        above, level = flat > lowest, flat == lowest
+        chosen = (size[:, 0] - above.sum(1)).double() / level.sum(1)  # share of the level pixels among the K
+        return ((above & inside).sum(1) + chosen * (level & inside).sum(1)) / size[:, 0]
+
+    return _on_object(rank, saliency, mask, chunk)
 
 
 @measure("peak on object", better="higher", low=0, high=1)
-def pointing_game(saliency: Tensor, mask: Tensor, tolerance: float = 0.0) -> Tensor:
+def pointing_game(saliency: Tensor, mask: Tensor, tolerance: float = 0.0, *, chunk: int | None = None) -> Tensor:
     """1 where the map's highest pixel lies on the object, else 0; among equally high pixels the share of them on it.
 
     A peak still counts within `tolerance` pixels of the object (Euclidean, between centres); chance grows with it.
     Source: Zhang et al. 2018, doi:10.1007/s11263-017-1059-x (arXiv:1608.00507), with `tolerance=15`.
     """
-    flat, near = non_negative(saliency), binary(mask, saliency.shape)
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number of pixels, 0 or more, got {tolerance}")
-    if reach := int(min(tolerance, max(mask.shape[1:]))):
+    if tolerance:
+        non_negative(saliency), binary(mask, saliency.shape)
+        reach = int(min(tolerance, max(mask.shape[1:])))
         step = torch.arange(-reach, reach + 1, device=mask.device)
         disc = (step[:, None].square() + step.square() <= tolerance**2).float()
-        near = conv2d(near.view(mask.shape)[:, None].float(), disc[None, None], padding=reach).flatten(1) > 0.5
-    peaks = flat == flat.amax(1, keepdim=True)
-    return _defined((peaks & near).sum(1).double() / peaks.sum(1), saliency, mask)
+        mask = conv2d(mask[:, None].float(), disc[None, None], padding=reach)[:, 0] > 0.5
+
+    def peak(flat: Tensor, near: Tensor) -> Tensor:
+        peaks = flat == flat.amax(1, keepdim=True)
+        return (peaks & near).sum(1).double() / peaks.sum(1)
+
+    return _on_object(peak, saliency, mask, chunk)
 
 
 @measure("AUROC", better="higher", low=0, high=1)
-def auroc(saliency: Tensor, mask: Tensor) -> Tensor:
+def auroc(saliency: Tensor, mask: Tensor, *, chunk: int | None = None) -> Tensor:
     """Area under the ROC curve: how likely a pixel of the object is higher than one of the background (half if equal).
 
     Source: Fawcett 2006, doi:10.1016/j.patrec.2005.10.010.
     """
-    hits, taken = _thresholds(saliency, mask)
-    misses = taken - hits
-    return _defined(torch.trapezoid(hits, misses) / (hits[:, -1] * misses[:, -1]), saliency, mask)
+
+    def area(flat: Tensor, inside: Tensor) -> Tensor:
+        hits, taken = _thresholds(flat, inside)
+        misses = taken - hits
+        return torch.trapezoid(hits, misses) / (hits[:, -1] * misses[:, -1])
+
+    return _on_object(area, saliency, mask, chunk)
 
 
 @measure("average precision", better="higher", low=0, high=1)
-def average_precision(saliency: Tensor, mask: Tensor) -> Tensor:
+def average_precision(saliency: Tensor, mask: Tensor, *, chunk: int | None = None) -> Tensor:
     """Area under the steps of precision over recall, as the threshold sinks.
 
     Source: Choe et al. 2020, arXiv:2001.07437, whose PxAP pools the pixels of all images; here each image has its own.
     """
-    hits, taken = _thresholds(saliency, mask)
-    steps = hits.diff(dim=1) * hits[:, 1:] / taken[:, 1:].clamp(min=1)
-    return _defined((steps.sum(1) / hits[:, -1]).clamp(max=1), saliency, mask)
+
+    def area(flat: Tensor, inside: Tensor) -> Tensor:
+        hits, taken = _thresholds(flat, inside)
+        steps = hits.diff(dim=1) * hits[:, 1:] / taken[:, 1:].clamp(min=1)
+        return (steps.sum(1) / hits[:, -1]).clamp(max=1)
+
+    return _on_object(area, saliency, mask, chunk)
 
 
 @measure("best IoU", better="higher", low=0, high=1)
-def best_iou(saliency: Tensor, mask: Tensor) -> Tensor:
+def best_iou(saliency: Tensor, mask: Tensor, *, chunk: int | None = None) -> Tensor:
     """Intersection over union of object and the pixels at or above a threshold, the best over all thresholds.
 
     The mask chooses each map's threshold: an upper bound of what any rule for thresholds reaches.
     Source: Jaccard 1912, doi:10.1111/j.1469-8137.1912.tb05611.x.
     """
-    hits, taken = _thresholds(saliency, mask)
-    return _defined((hits / (taken + hits[:, -1:] - hits).clamp(min=1)).amax(1), saliency, mask)
+
+    def best(flat: Tensor, inside: Tensor) -> Tensor:
+        hits, taken = _thresholds(flat, inside)
+        return (hits / (taken + hits[:, -1:] - hits).clamp(min=1)).amax(1)
+
+    return _on_object(best, saliency, mask, chunk)
 
 
 def chance_level(mask: Tensor) -> Tensor:
     """Share of the image that the object covers: what a constant map scores in all measures but `auroc`."""
+    require_tensors(mask=mask)
     return relevance_mass(torch.ones(mask.shape, device=mask.device), mask)
 
 
@@ -113,6 +137,7 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
     "xyxy"; what sticks out of the image is cut off. Where x1 and y1 name the last pixel inside (Pascal VOC,
     torchvision's `masks_to_boxes`), add 1 to them. Ends that are not finite or in order raise ValueError.
     """
+    require_tensors(boxes=boxes)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (B, 4), got {tuple(boxes.shape)}")
     require_finite(boxes, "boxes")
@@ -138,7 +163,7 @@ def mosaic(
     of *positive* relevance in the target's cell, and chance is 1 / grid**2. The model must take images of that size.
     Source: Böhle, Fritz and Schiele 2021, arXiv:2104.00032, there with images that the model is surest of.
     """
-    require_images(images, target)
+    require_images(images, target, floating=False)
     Between(2).check("grid", grid)
     cells, (_, channels, height, width) = grid**2, images.shape
     order = torch.randperm(len(images), generator=generator)
@@ -161,17 +186,18 @@ def mosaic(
     return whole, target[theirs.to(target.device)], mask.to(images.device)
 
 
-def _thresholds(saliency: Tensor, mask: Tensor) -> Iterator[Tensor]:
+def _on_object(score: Callable[[Tensor, Tensor], Tensor], saliency: Tensor, mask: Tensor, chunk: int | None) -> Tensor:
+    """A score of maps and masks (b, H * W), NaN where one of the two is empty."""
+    flat, inside = non_negative(saliency), binary(mask, saliency.shape)
+    return by_chunks(score, chunk, flat, inside).masked_fill(~(inside.any(1) & flat.any(1).bool()), math.nan)
+
+
+def _thresholds(flat: Tensor, inside: Tensor) -> Iterator[Tensor]:
     """How many pixels of the object, and how many at all, lie at or above each threshold, highest threshold first.
 
-    Both are (B, H * W + 1) float64, start at 0, and repeat the last count where the next pixel is not below this one.
+    Both are (b, H * W + 1) float64, start at 0, and repeat the last count where the next pixel is not below this one.
     """
-    flat, inside = non_negative(saliency), binary(mask, saliency.shape)
     ordered, places = flat.sort(dim=1, descending=True)
     last = pad(ordered[:, 1:] != ordered[:, :-1], (0, 1), value=True)
     hits, taken = inside.gather(1, places).cumsum(1), torch.arange(1, flat.shape[1] + 1, device=flat.device)
     return (pad((count * last).cummax(1).values, (1, 0)).double() for count in (hits, taken))
-
-
-def _defined(value: Tensor, saliency: Tensor, mask: Tensor) -> Tensor:
-    return value.masked_fill(~(mask.flatten(1).any(1) & saliency.flatten(1).any(1)), math.nan)

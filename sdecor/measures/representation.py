@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from sdecor.masking import require_tensors
+
 
 class Covariance:
     """Covariance of features, accumulated over batches in float64 and in one pass.
@@ -140,13 +142,14 @@ def _eigenvalues(features: Tensor | Covariance) -> Tensor:
 
 
 def _matrix(features: Tensor | Covariance) -> Tensor:
-    if isinstance(features, Tensor):
+    if not isinstance(features, Covariance):
         rows, features = features, Covariance()
         features.update(rows)
     return features.matrix
 
 
 def _samples(features: Tensor) -> Tensor:
+    require_tensors(features=features)
     if features.ndim not in (2, 4):
         raise ValueError(f"features must have shape (N, C) or (N, C, H, W), got {tuple(features.shape)}")
     rows = features.detach().movedim(1, -1).flatten(0, -2)

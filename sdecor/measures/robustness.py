@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from sdecor.measures._checks import require_finite, require_images
+from sdecor.masking import require_tensors
+from sdecor.measures._checks import by_chunks, require_finite, require_images
 from sdecor.measures.case import measure, quantity
-from sdecor.saliency import frozen_eval, input_gradient, logits_and_gradient, pixel_score
+from sdecor.saliency import frozen_eval, input_gradient, logits_and_gradient, logits_of, pixel_score
 
 Explain = Callable[[Tensor, Tensor], Tensor]
 
@@ -134,23 +135,27 @@ def explanation_shift(maps_of: Explain, images: Tensor, adversarial: Tensor, tar
     In [0, 1] for non-negative maps, else in [0, 2]; NaN where one of the two is zero; lower is better.
     Source: Dombrowski et al. 2019, arXiv:1906.07983, use other distances of the same pair of maps.
     """
+    require_images(images, target)
+    require_tensors(adversarial=adversarial)
     if images.shape != adversarial.shape:
         raise ValueError(f"adversarial has shape {tuple(adversarial.shape)}, images have {tuple(images.shape)}")
-    require_images(images, target)
     return 1 - _cosine(*(_explained(maps_of, x, target) for x in (images, adversarial)))
 
 
-def spearman(a: Tensor, b: Tensor) -> Tensor:
+def spearman(a: Tensor, b: Tensor, *, chunk: int | None = None) -> Tensor:
     """Spearman's rank correlation of two maps (B, H, W) of any sign, in [-1, 1]; NaN where one is constant.
 
-    Ties have their average rank. Source: Spearman 1904, doi:10.2307/1412159.
+    Ties have their average rank. It takes `chunk` maps at a time, None as many as have two million pixels, which bounds
+    the memory. Source: Spearman 1904, doi:10.2307/1412159.
     """
     from scipy.stats import rankdata
 
+    def correlation(*rows: Tensor) -> Tensor:
+        ranks = (torch.from_numpy(rankdata(r.double().numpy(), axis=1) - (r.shape[1] + 1) / 2) for r in rows)
+        return _cosine(*ranks)
+
     _check_maps(a, b)
-    rows = (m.detach().flatten(1).double().cpu().numpy() for m in (a, b))
-    ranks = (torch.from_numpy(rankdata(r, axis=1) - (r.shape[1] + 1) / 2) for r in rows)
-    return _cosine(*ranks).to(a.device)
+    return by_chunks(correlation, chunk, *(m.detach().flatten(1).cpu() for m in (a, b))).to(a.device)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -166,9 +171,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"a and b must have at least 7 by 7 pixels, got {tuple(a.shape[1:])}")
     if (a < 0).any() or (b < 0).any():
         raise ValueError("a and b must be non-negative; pass their absolute values")
-    pair = ((m / m.amax((1, 2), keepdim=True)).cpu().numpy() for m in (a.detach().double(), b.detach().double()))
     measure: Callable[..., float] = partial(structural_similarity, win_size=7, data_range=1.0)
-    return torch.tensor(list(map(measure, *pair)), dtype=torch.float64, device=a.device)
+    pairs = (((m.double() / m.max()).cpu().numpy() for m in pair) for pair in zip(a.detach(), b.detach(), strict=True))
+    return torch.tensor([measure(*pair) for pair in pairs], dtype=torch.float64, device=a.device)
 
 
 def _changes(
@@ -204,6 +209,8 @@ def _chunks(batch_size: int, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _explained(maps_of: Explain, images: Tensor, target: Tensor) -> Tensor:
     """The explanation as float64 rows (B, n)."""
     result = maps_of(images, target)
+    if not isinstance(result, Tensor):
+        raise ValueError(f"maps_of must give a tensor, it gave {type(result).__name__}")
     if len(result) != len(images):
         raise ValueError(f"maps_of gave shape {tuple(result.shape)} for {len(images)} images; it must be (B, ...)")
     require_finite(result, "the result of maps_of")
@@ -212,9 +219,13 @@ def _explained(maps_of: Explain, images: Tensor, target: Tensor) -> Tensor:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of the rows, (B,) float64; NaN for a row of zeros."""
-    first, second = (rows / rows.norm(dim=1, keepdim=True) for rows in (a.flatten(1).double(), b.flatten(1).double()))
-    product: Tensor = first * second
-    return product.sum(1).clamp(-1, 1)
+
+    def cosine(*rows: Tensor) -> Tensor:
+        first, second = (row / row.norm(dim=1, keepdim=True) for row in rows)
+        product: Tensor = first * second
+        return product.sum(1).clamp(-1, 1)
+
+    return by_chunks(cosine, None, a.flatten(1), b.flatten(1))
 
 
 class _SmoothReLU(TorchFunctionMode):
@@ -235,7 +246,7 @@ def _uphill(model: nn.Module, x: Tensor, target: Tensor, reference: Tensor) -> T
     # the fast attention kernels have no second derivative
     with frozen_eval(model), torch.enable_grad(), _SmoothReLU(), sdpa_kernel(SDPBackend.MATH):
         leaf = x.clone().requires_grad_()
-        gradient = input_gradient(model(leaf), leaf, target, create_graph=True)
+        gradient = input_gradient(logits_of(model, leaf), leaf, target, create_graph=True)
         if not gradient.requires_grad:
             return torch.zeros_like(x)
         similarity = F.cosine_similarity(pixel_score(gradient).flatten(1), reference.flatten(1))
@@ -243,6 +254,7 @@ def _uphill(model: nn.Module, x: Tensor, target: Tensor, reference: Tensor) -> T
 
 
 def _check_maps(a: Tensor, b: Tensor) -> None:
+    require_tensors(a=a, b=b)
     if a.ndim != 3 or a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape (B, H, W), got {tuple(a.shape)} and {tuple(b.shape)}")
     require_finite(a, "a")
