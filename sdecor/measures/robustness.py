@@ -244,8 +244,9 @@ class _SmoothReLU(TorchFunctionMode):
 def _uphill(model: nn.Module, x: Tensor, target: Tensor, reference: Tensor) -> Tensor:
     """Signs of the direction in which the smoothed model's map loses similarity with `reference`, (B, C, H, W)."""
     # the fast attention kernels have no second derivative
-    with frozen_eval(model), torch.enable_grad(), _SmoothReLU(), sdpa_kernel(SDPBackend.MATH):
-        leaf = x.clone().requires_grad_()
+    off = torch.inference_mode(False)
+    with off, torch.enable_grad(), frozen_eval(model), _SmoothReLU(), sdpa_kernel(SDPBackend.MATH):
+        leaf, target, reference = x.clone().requires_grad_(), target.clone(), reference.clone()
         gradient = input_gradient(logits_of(model, leaf), leaf, target, create_graph=True)
         if not gradient.requires_grad:
             return torch.zeros_like(x)

@@ -44,7 +44,7 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
         ['2', '0']
     """
     OneOf(RANDOMIZATIONS).check("order", order)
-    fresh, current = copy.deepcopy(model).cpu(), model
+    fresh, current = _copy(model).cpu(), model
     layers = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     # a seed far from those of training: with the same one, a model would be given its own first weights
     draws = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def randomized(model: nn.Module, *, order: str = "cascading", seed: int = 0) -> 
             for p in layer.parameters(recurse=False):
                 p.normal_(p.mean().item(), p.std(correction=0).item())
     for name in reversed(layers):
-        current = copy.deepcopy(current if order == "cascading" else model)
+        current = _copy(current if order == "cascading" else model)
         with torch.no_grad():
             for old, new in zip(*(_own(net.get_submodule(name)) for net in (current, fresh)), strict=True):
                 old.copy_(new)
@@ -132,6 +132,11 @@ def centre_spot(images: Tensor, *, width: float = 0.25) -> Tensor:
     rows, columns = (torch.arange(n, dtype=images.dtype, device=images.device) - (n - 1) / 2 for n in (height, across))
     spot = torch.exp(-(rows[:, None].square() + columns.square()) / (2 * (width * height) ** 2))
     return spot.expand(len(images), -1, -1)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    with torch.inference_mode(False):  # else its parameters could never ask for a gradient
+        return copy.deepcopy(model)
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
