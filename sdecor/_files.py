@@ -1,14 +1,82 @@
-"""Files that are either whole or absent, whatever happens while they are written, and locks between processes."""
+"""Which files are data, files that are either whole or absent whatever happens, and locks between processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+
+#: Suffixes of image files that are read.
+IMAGES = frozenset(
+    ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .qoi .tga "
+    ".tif .tiff .webp".split()
+)
+_OTHER_IMAGES = frozenset(
+    ".ai .arw .cr2 .cr3 .cur .dcm .dds .dng .emf .eps .exr .fit .fits .hdr .heic .heif .icns .ico .jxl .nef .nii .npy "
+    ".npz .orf .pcx .pdf .ps .psd .raf .raw .rw2 .sgi .svg .svgz .wmf .xbm .xcf .xpm".split()
+)
+_LEFT_BY_TOOLS = frozenset(
+    "__macosx thumbs.db ehthumbs.db desktop.ini icon\r @eadir #recycle $recycle.bin lost+found __pycache__".split(" ")
+) | {"system volume information"}
+
+_NAME = attrgetter("name")
+
+
+def left_by_tools(name: str) -> bool:
+    """Whether a file or folder of that name is no data: hidden, or left there by a system or an editor."""
+    return name.startswith(".") or name.lower() in _LEFT_BY_TOOLS
+
+
+def is_image(path: str) -> bool:
+    """Whether a file has one of the suffixes `IMAGES`, in any case; an image of a kind not read is a ValueError."""
+    suffix = "." + path.rpartition(".")[2].lower()
+    if suffix in _OTHER_IMAGES:
+        raise ValueError(f"{path} is of a kind of image that is not read; save it as PNG or JPEG, or move it away")
+    return suffix in IMAGES
+
+
+def inside(folder: str | os.PathLike[str]) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """Folders and files in a folder, by name, links followed, without what tools leave.
+
+    A ValueError names what is neither (a broken link, a pipe), and a folder that cannot be listed.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if left_by_tools(entry.name):
+                    continue
+                if entry.is_file():
+                    files.append(entry)
+                elif entry.is_dir():
+                    folders.append(entry)
+                else:
+                    raise ValueError(f"{entry.path} is a broken link, or neither a file nor a folder; remove it")
+    except OSError as error:
+        raise ValueError(f"cannot list {error.filename or folder} ({error.strerror})") from error
+    return sorted(folders, key=_NAME), sorted(files, key=_NAME)
+
+
+def files_below(
+    folder: str | os.PathLike[str], around: frozenset[tuple[int, int]] = frozenset()
+) -> list[os.DirEntry[str]]:
+    """Files in a folder and in all below it, as `inside` gives them, by folder and then by name.
+
+    A link back to a folder `around` it is a ValueError.
+    """
+    status, (folders, files) = os.stat(folder), inside(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in around:
+        raise ValueError(f"{os.fspath(folder)} is a link to a folder that it lies in; remove it")
+    if not folders:
+        return files
+    files += [file for each in folders for file in files_below(each.path, around | {here})]
+    return sorted(files, key=lambda file: os.path.split(file.path))
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

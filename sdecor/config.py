@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
 from sdecor._code import check_loaded, code, file_of_module, foreign
+from sdecor._files import files_below
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
 C = TypeVar("C", bound=type)
@@ -70,17 +71,17 @@ def pairs(values: Any, name: str) -> Pairs:
 
 
 @lru_cache(maxsize=32)
-def _content(files: tuple[tuple[str, int, int], ...], root: str) -> str:
-    """Hash of names and contents; the sizes and times among `files` say when to read them again."""
+def _content(files: tuple[tuple[str, tuple[int, ...]], ...], root: str) -> str:
+    """Hash of names and contents; the numbers among `files` say when to read them again."""
 
-    def one(file: tuple[str, int, int]) -> bytes:
+    def one(file: tuple[str, tuple[int, ...]]) -> bytes:
         with Path(root, file[0]).open("rb") as f:
             return hashlib.file_digest(f, "blake2b").digest()
 
     total = hashlib.blake2b(digest_size=8)
     with ThreadPoolExecutor(8) as threads:
-        for (name, _, _), digest in zip(files, threads.map(one, files), strict=True):
-            total.update(name.encode() + b"\0" + digest)
+        for (name, _), digest in zip(files, threads.map(one, files), strict=True):
+            total.update(os.fsencode(name) + b"\0" + digest)
     return total.hexdigest()
 
 
@@ -89,13 +90,13 @@ def fingerprint(folder: Path) -> str:
 
     It is made of names and *content*, not of sizes and times: a copy on another machine is the same data, and two
     pictures of one size that change places are not. Training reads every byte many times, so that reading it once more
-    is cheap. Hidden files do not count. Within a process a folder is read again only when a size or time has changed.
+    is cheap. Hidden files and what tools leave do not count. Within a process a folder is read again only when the
+    size, a time or the inode of a file has changed.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
-    files = (Path(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = ((p.relative_to(folder), p.stat()) for p in sorted(files) if p.is_file())
-    seen = [(n.as_posix(), s.st_size, s.st_mtime_ns) for n, s in found if not any(p.startswith(".") for p in n.parts)]
+    found = sorted((Path(file.path).relative_to(folder), file.stat()) for file in files_below(folder))
+    seen = [(n.as_posix(), (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)) for n, s in found]
     return _content(tuple(seen), str(folder.resolve()))
 
 

@@ -13,26 +13,28 @@ another one; `load` brings its images to the asked size and scales them as the t
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from statistics import median_low
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import make_dataset
 
+from sdecor._files import IMAGES, files_below, inside, is_image
 from sdecor.config import checked_data
 from sdecor.images import ImageData, ImageStream, decode_all, moments, permutation, side_of
-from sdecor.registers import DATASETS, Between, Dataset, OneOf
+from sdecor.registers import DATASETS, Between, Dataset, OneOf, WrongType
 from sdecor.shapes import CLASSES, MEAN, STD, Copies, Strength, generate
 from sdecor.sources import available, check, data_root, fetch, provide
 
 SPLITS = ("train", "val", "test")
-EXTENSIONS = (".png", ".jpg", ".jpeg")
+_MEANT = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 CIFAR = "cifar-10-batches-py"
 CALTECH = "caltech101/101_ObjectCategories"
 #: Files of MNIST under MNIST/raw: magic number, size in bytes, SHA-256 sum.
@@ -42,6 +44,11 @@ MNIST = {
     "t10k-images-idx3-ubyte": (0x803, 7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
     "t10k-labels-idx1-ubyte": (0x801, 10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 }
+#: Sizes in bytes of the files of CIFAR-10 under cifar-10-batches-py.
+_BATCHES = {
+    **{"data_batch_1": 31_035_704, "data_batch_2": 31_035_320, "data_batch_3": 31_035_999, "data_batch_4": 31_035_696},
+    **{"data_batch_5": 31_035_623, "test_batch": 31_035_526, "batches.meta": 158},
+}
 _LISTED = datasets.CIFAR10.train_list + datasets.CIFAR10.test_list
 Files = list[tuple[str, int]]  # paths, and labels
 Parts = dict[str, Files]
@@ -49,6 +56,7 @@ Samples = Annotated[int | None, Between(1)]
 Workers = Annotated[int | None, Between(0)]
 
 dataset = DATASETS.register
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,16 @@ def load(
 ) -> ImageData | ImageStream:
     """Load one split (``train``, ``val`` or ``test``) of a data set.
 
-    `name` is in `sdecor.registers.DATASETS`, or an image folder: its path, or ``folder:PATH``, with
-    ``PATH/train/CLASS/*.png|jpg|jpeg`` and perhaps ``val`` and ``test`` beside ``train``. A missing validation split is
+    `name` is in `sdecor.registers.DATASETS`, or an image folder: its path, or ``folder:PATH``, with images in
+    ``PATH/train/CLASS`` and perhaps ``val`` and ``test`` beside ``train``. A missing validation split is
     drawn from the training images, and `limit` images from those of any split, by constant seeds; `seed` is for sets
     that are drawn themselves, such as ``shapes``. The side `image_size` is by default that of the data set, and for a
-    folder the short side of its first image, at most 224. `root` is as `data_root` takes it; ``sdecor list datasets
-    NAME`` shows the `options`.
+    folder the median of the short sides of 64 training images, drawn by a constant seed, at most 224; smaller images
+    are enlarged. `root` is as `data_root` takes it; ``sdecor list datasets NAME`` shows the `options`.
+
+    Every file below a class folder counts whose suffix is in `sdecor._files.IMAGES`; `decode_all` says how it is read.
+    Files that are no images are left out with a warning, and so are folders that are neither a split nor called
+    ``masks``. Hidden files and what systems and tools leave, such as ``Thumbs.db``, are no data.
 
     What is unknown, impossible or broken is a ValueError; data that is absent and cannot be downloaded a
     FileNotFoundError; and a data set that gives something else than images and labels a TypeError.
@@ -108,7 +120,7 @@ def _completed(entry: Dataset, request: Request, options: dict[str, Any]) -> Ima
         return given
     if not isinstance(given, tuple) or len(given) not in (2, 3):
         wanted = "ImageData, ImageStream, (images, labels) or (images, labels, masks)"
-        raise TypeError(f"data set '{entry.name}' must give {wanted}, it gave {type(given).__name__}")
+        raise WrongType(f"data set '{entry.name}' must give {wanted}, it gave {type(given).__name__}")
     images, labels, masks = (*given, None)[:3]
     whole, size, split = replace(request, split="train", limit=None), request.image_size, request.split
     train = None if split == "train" else _completed(entry, whole, options)
@@ -137,22 +149,20 @@ def _divided(images: Tensor, labels: Tensor, split: str, train: int) -> tuple[Te
     licence="research use",
     cite="LeCun et al.: Gradient-based learning applied to document recognition, 1998, doi:10.1109/5.726791",
     download=lambda root: datasets.MNIST(root, download=True),
-    present=lambda root: all((root / "MNIST" / "raw" / file).is_file() for file in MNIST),
-    layouts=({"folder": "MNIST/raw", "algorithm": "sha256", "files": {name: e[2] for name, e in MNIST.items()}},),
+    present=lambda root: (root / "MNIST" / "raw").is_dir(),
+    layouts=(
+        {
+            "folder": "MNIST/raw",
+            "algorithm": "sha256",
+            "files": {name: e[2] for name, e in MNIST.items()},
+            "bytes": {name: e[1] for name, e in MNIST.items()},
+            "starts": {name: e[0].to_bytes(4) for name, e in MNIST.items()},
+        },
+    ),
 )
 def mnist(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
     """Handwritten digits, grey: 50,000 / 10,000 / 10,000 images; `download` fetches what is missing."""
     provide("mnist", request.root, download=download)
-    for name, (magic, size, _) in MNIST.items():
-        path = request.root / "MNIST" / "raw" / name
-        with path.open("rb") as file:
-            head, length = file.read(4), path.stat().st_size
-        problem = f"is {'truncated' if length < size else 'too long'}: {length} bytes instead of {size}"
-        if len(head) == 4 and head != magic.to_bytes(4):
-            problem = f"has magic number {int.from_bytes(head):#x} instead of {magic:#x}"
-        elif length == size:
-            continue
-        raise ValueError(f"{path} {problem}; delete it and fetch again")
     source = datasets.MNIST(str(request.root), train=request.split != "test")
     return _divided(source.data[:, None], source.targets, request.split, 50_000)
 
@@ -166,30 +176,49 @@ def mnist(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
     licence="research use",
     cite="Krizhevsky: Learning multiple layers of features from tiny images, University of Toronto, 2009",
     download=lambda root: datasets.CIFAR10(root, download=True),
-    present=lambda root: any((root / folder).is_dir() for folder in (CIFAR, "cifar10/train")),
+    present=lambda root: (root / CIFAR).is_dir(),
     layouts=(
-        {"folder": CIFAR, "algorithm": "md5", "files": dict(_LISTED) | {"batches.meta": datasets.CIFAR10.meta["md5"]}},
-        {"folder": "cifar10", "images": {"train": 50_000, "test": 10_000}},
+        {
+            "folder": CIFAR,
+            "algorithm": "md5",
+            "files": dict(_LISTED) | {"batches.meta": datasets.CIFAR10.meta["md5"]},
+            "bytes": _BATCHES,
+        },
     ),
 )
-def cifar10(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor] | ImageData | ImageStream:
-    """Photographs, colour: 45,000 / 5,000 / 10,000 images; `download` fetches what is missing.
-
-    A copy as JPEG files, which is read where there is no other, is another data set, and its name says so.
-    """
+def cifar10(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
+    """Photographs, colour: 45,000 / 5,000 / 10,000 images; `download` fetches what is missing."""
     provide("cifar10", request.root, download=download)
-    if not (request.root / CIFAR).is_dir():
-        files, classes = _labelled(request.root / "cifar10" / "train")
-        files = _shuffled(files)
-        test, _ = _labelled(request.root / "cifar10" / "test", classes)
-        parts = {"train": files[:45_000], "val": files[45_000:], "test": test}
-        return _from_files(request, "cifar10-jpeg", classes, parts)
     try:
         source = datasets.CIFAR10(str(request.root), train=request.split != "test")
     except RuntimeError as error:
         raise ValueError(f"{request.root / CIFAR} is incomplete or corrupt; delete it and fetch again") from error
     images = torch.from_numpy(source.data).movedim(-1, 1)
     return _divided(images, torch.tensor(source.targets), request.split, 45_000)
+
+
+@dataset(
+    "cifar10-jpeg",
+    label="CIFAR-10 (JPEG copy)",
+    classes=DATASETS["cifar10"].classes,
+    size=32,
+    source="https://www.cs.toronto.edu/~kriz/cifar.html (a copy as JPEG files, put there by you)",
+    licence="research use",
+    cite="Krizhevsky: Learning multiple layers of features from tiny images, University of Toronto, 2009",
+    present=lambda root: (root / "cifar10").is_dir(),
+    layouts=({"folder": "cifar10", "images": {"train": 50_000, "test": 10_000}},),
+)
+def cifar10_jpeg(request: Request) -> ImageData | ImageStream:
+    """Photographs, colour, with the loss of JPEG: 45,000 / 5,000 / 10,000 images.
+
+    The validation images are others than those of ``cifar10``.
+    """
+    provide("cifar10-jpeg", request.root)
+    base = request.root / "cifar10"
+    files, classes = _labelled(base / "train")
+    files = _shuffled(files)
+    parts = {"train": files[:45_000], "val": files[45_000:], "test": _labelled(base / "test", classes)[0]}
+    return _from_files(request, "cifar10-jpeg", base, classes, parts)
 
 
 @dataset(
@@ -219,7 +248,7 @@ def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageS
         own = _shuffled(own, seed=c)[:80]
         for split, part in zip(SPLITS, (own[:25], own[25:30], own[30:]), strict=True):
             parts[split] += part
-    return _from_files(request, "caltech101", classes, parts)
+    return _from_files(request, "caltech101", request.root / CALTECH, classes, parts)
 
 
 @dataset(
@@ -230,7 +259,7 @@ def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageS
     source="https://www.image-net.org (ten classes of Tiny ImageNet, put there by you)",
     licence="research use",
     cite="Deng et al.: ImageNet: a large-scale hierarchical image database, 2009, doi:10.1109/CVPR.2009.5206848",
-    present=lambda root: (root / "imagenet10" / "train").is_dir(),
+    present=lambda root: (root / "imagenet10").is_dir(),
     layouts=({"folder": "imagenet10", "images": {"train": 4500, "test": 1000}},),
 )
 def imagenet10(request: Request) -> ImageData | ImageStream:
@@ -296,36 +325,66 @@ def folder(
     if not request.root.is_dir():
         raise FileNotFoundError(f"image folder {request.root} does not exist")
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
-    return _tree(request, request.root, f"folder:{request.root.name}", (memory_limit, workers))
+    name = os.path.basename(os.path.abspath(request.root))
+    return _tree(request, request.root, f"folder:{name}", (memory_limit, workers))
 
 
 def _tree(request: Request, root: Path, name: str, stream: tuple[int, int] | None = None) -> ImageData | ImageStream:
     """Images under ``root/SPLIT/CLASS``; a constant tenth of the training images validates if there is no ``val``."""
+    there = _splits(root)
+    if "train" not in there:
+        only = f"only {' and '.join(there)}" if there else "nor another one"
+        where = f"put images in {root / 'train'}/CLASS, classes and scale come from them"
+        raise FileNotFoundError(f"image folder {root} has no train split, {only}; {where}")
     files, classes = _labelled(root / "train")
-    size = request.image_size or min(224, side_of(files[0][0]))
-    parts = {s: _labelled(root / s, classes)[0] for s in ("val", "test") if (root / s).is_dir()} | {"train": files}
+    parts = {split: _labelled(root / split, classes)[0] for split in there if split != "train"} | {"train": files}
+    size = request.image_size or min(224, median_low(side_of(path) for path, _ in _shuffled(files)[:64]))
     if "val" not in parts:
         if len(files) < 2:
             raise ValueError(f"{root / 'train'} holds 1 image; at least 2 are needed, one to validate on")
         files, held = _shuffled(files), max(1, len(files) // 10)
         parts |= {"val": files[:held], "train": files[held:]}
     if request.split not in parts:
-        raise FileNotFoundError(f"image folder {root} has no test split; put images in {root / 'test'}/CLASS")
-    return _from_files(replace(request, image_size=size), name, classes, parts, stream)
+        instead = f"put images in {root / 'test'}/CLASS, or use the split 'val' (of a run: evaluate_on='val')"
+        raise FileNotFoundError(f"image folder {root} has no test split; {instead}")
+    return _from_files(replace(request, image_size=size), name, root, classes, parts, stream)
+
+
+def _splits(root: Path) -> list[str]:
+    """The splits that a folder has; what else it holds is said, but for single files and masks."""
+    folders, files = ([entry.name for entry in entries] for entries in inside(root))
+    for name in folders:
+        meant = _MEANT.get(name.lower(), name.lower())
+        if meant in SPLITS and name not in SPLITS:
+            raise ValueError(f"{root / name} is no split; the name of that is '{meant}'")
+    others = [name for name in folders if name not in (*SPLITS, "masks")]
+    if others := others + [name for name in files if os.path.splitext(name)[1].lower() in IMAGES]:
+        log.warning("%s is in no split and is left out, as are %d others beside it", root / others[0], len(others) - 1)
+    return [split for split in SPLITS if split in folders]
 
 
 def _labelled(root: Path, classes: Sequence[str] | None = None, *, without: str = "") -> tuple[Files, tuple[str, ...]]:
-    """Sorted image files ``root/CLASS/*`` with their labels, and the classes: those found, or `classes` if given."""
-    found = sorted(p.name for p in root.glob("[!.]*") if p.is_dir() and p.name != without)
-    if not found:
-        raise ValueError(f"{root} holds no class folders; put the images in {root}/CLASS ({', '.join(EXTENSIONS)})")
-    names = tuple(found if classes is None else classes)
-    if unknown := [c for c in found if c not in names]:
-        raise ValueError(f"{root / unknown[0]} is a class that the training images lack")
-    files: Files = make_dataset(root, {c: i for i, c in enumerate(names)}, EXTENSIONS, allow_empty=True)
-    filled = {names[label] for _, label in files}
-    if empty := [c for c in found if c not in filled]:
-        raise ValueError(f"{root / empty[0]} holds no images ({', '.join(EXTENSIONS)}); add some or delete it")
+    """Sorted image files below ``root/CLASS``, labelled, and the classes: those found, or `classes` if given."""
+    folders, beside = inside(root)
+    folders = [folder for folder in folders if folder.name != without]
+    if not folders:
+        raise ValueError(f"{root} holds no class folders; put the images in {root}/CLASS")
+    names = tuple([folder.name for folder in folders] if classes is None else classes)
+    if unknown := [folder.path for folder in folders if folder.name not in names]:
+        raise ValueError(f"{unknown[0]} is a class that the training images lack")
+    if stray := [file.path for file in beside if is_image(file.path)]:
+        raise ValueError(f"{stray[0]} lies beside the class folders; put it into one of them")
+    files, others = [], [file.path for file in beside]
+    for folder in folders:
+        label, below = names.index(folder.name), [file.path for file in files_below(folder.path)]
+        images = [(path, label) for path in below if is_image(path)]
+        if not images:
+            raise ValueError(f"{folder.path} holds no images; add some or delete it")
+        files += images
+        if len(images) < len(below):
+            others += [path for path in below if not is_image(path)]
+    if others:
+        log.warning("%s is no image and is left out, as are %d others in %s", others[0], len(others) - 1, root)
     return files, names
 
 
@@ -337,22 +396,34 @@ _decoded = lru_cache(maxsize=6)(decode_all)  # because a grid loads the same set
 
 
 def _from_files(
-    request: Request, name: str, classes: tuple[str, ...], parts: Parts, stream: tuple[int, int] | None = None
+    request: Request,
+    name: str,
+    root: Path,
+    classes: tuple[str, ...],
+    parts: Parts,
+    stream: tuple[int, int] | None = None,
 ) -> ImageData | ImageStream:
     """The asked part, in memory if it fits; mean and std from a constant sample of the training part.
 
     More bytes than the first number of `stream` are streamed, by so many workers as the second says. Without, the files
-    belong to a data set that does not change, and stay in memory for the next run.
+    belong to a data set that does not change, and stay in memory for the next run. `root` is where they lie.
     """
     size, split, files = request.image_size or 0, request.split, parts[request.split]
-    read = decode_all if stream else _decoded
+    small: dict[str, int] = {}
+    read = partial(decode_all, small=small) if stream else _decoded
     mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:2048]), size))
     if request.limit is not None and request.limit < len(files):  # before decoding; the same choice as `subset` makes
         files = [files[i] for i in sorted(permutation(len(files))[: request.limit].tolist())]
     paths, labels = tuple(path for path, _ in files), torch.tensor([label for _, label in files], dtype=torch.int64)
-    if stream and len(paths) * 3 * size**2 > stream[0]:
-        return ImageStream(paths, labels, classes, mean, std, size, name, split, workers=stream[1])
-    return ImageData(read(paths, size), labels, classes, mean, std, name=name, split=split)
+    below = tuple(path.removeprefix(str(root)).lstrip(os.sep) for path in paths)
+    streamed = stream and len(paths) * 3 * size**2 > stream[0]
+    images = torch.empty(0) if streamed else read(paths, size)
+    if small:
+        first = f"{min(small)}, whose short side is {small[min(small)]},"
+        log.warning("%s is enlarged more than eightfold to %d pixels, as are %d others", first, size, len(small) - 1)
+    if stream and streamed:
+        return ImageStream(below, labels, classes, mean, std, size, name, split, workers=stream[1], root=str(root))
+    return ImageData(images, labels, classes, mean, std, name=name, split=split, paths=below)
 
 
 __all__ = ["ImageData", "ImageStream", "Request", "available", "check", "data_root", "dataset", "fetch", "load"]

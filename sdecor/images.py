@@ -6,18 +6,20 @@ ValueError.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader
@@ -27,6 +29,9 @@ from sdecor.config import AUGMENTATIONS
 from sdecor.registers import DATASETS, OneOf
 
 _CPU = torch.device("cpu")
+_GREY = (128, 128, 128)  # stands for what is transparent: black objects and white ones can be seen on it
+_TURNED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow looks for an orientation
+_SCALES = {"1": 255, "L;2": 85, "L;4": 17}  # by which Pillow spreads such values, and not the transparent one
 
 
 def permutation(n: int, seed: int = 0) -> Tensor:
@@ -83,6 +88,7 @@ class _Images(ABC):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    paths: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,12 +109,36 @@ class _Images(ABC):
 
     @abstractmethod
     def _at(self, index: Tensor) -> Self:
-        """The images at these indices."""
+        """The images at these indices, from 0 on, on the CPU."""
+
+    @abstractmethod
+    def _held(self) -> Iterator[Tensor | str]:
+        """All that `digest` tells apart, beside classes and scale."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change with what it holds, equal on every device.
+
+        In memory these are images, labels, masks, classes, mean and std; of a stream, the sizes of the files stand for
+        the images, and their `paths` count too. It is found out once.
+        """
+        total = hashlib.blake2b(repr((self.classes, self.mean, self.std)).encode(), digest_size=8)
+        for part in self._held():
+            if isinstance(part, Tensor):
+                total.update(repr((part.dtype, part.shape)).encode())
+                total.update(part.detach().cpu().contiguous().numpy().data)
+            else:
+                total.update(os.fsencode(part) + b"\0")
+        return total.hexdigest()
 
     def subset(self, which: int | Sequence[int] | Tensor) -> Self:
         """The images at these indices; a number draws that many by a constant seed (nested, order kept)."""
         number = isinstance(which, int)
-        return self._at(permutation(len(self))[:which].sort().values if number else torch.as_tensor(which))
+        index = permutation(len(self))[:which].sort().values if number else torch.as_tensor(which).cpu()
+        return self._at(torch.arange(len(self))[index])
+
+    def _paths_at(self, index: Tensor) -> tuple[str, ...]:
+        return tuple(self.paths[i] for i in index.tolist()) if self.paths else ()
 
     def _statistics(self, x: Tensor) -> Iterator[Tensor]:
         return (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
@@ -150,7 +180,9 @@ class ImageData(_Images):
     """One split of a labelled image set, in memory, on any device.
 
     Its `mean` and `std` are those of each channel of the *training* split, in [0, 1] units; `masks` are the pixels of
-    the object where they are known; `name` is what results should call the data set.
+    the object where they are known; `name` is what results should call the data set; `paths` are the files that the
+    images come from, relative to the folder of the data set, if they come from files. Masks of your own are set by
+    ``dataclasses.replace(data, masks=masks)``, such as those that `sdecor.measures.localization.box_masks` makes.
     """
 
     images: Tensor
@@ -161,6 +193,13 @@ class ImageData(_Images):
     masks: Tensor | None = None
     name: str = "custom"
     split: str = "train"
+    paths: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.masks is not None:
+            if self.masks.shape != (wanted := self.images[:, 0].shape):
+                raise ValueError(f"masks must have shape {tuple(wanted)}, got {tuple(self.masks.shape)}")
+            object.__setattr__(self, "masks", self.masks.to(self.images.device, torch.bool))
 
     @classmethod
     def from_tensors(
@@ -217,7 +256,7 @@ class ImageData(_Images):
         mean, std = moments(images) if train is None else (train.mean, train.std)
         if len(mean) != images.shape[1]:
             raise ValueError(f"images have {images.shape[1]} channels, those of the training split have {len(mean)}")
-        return cls(images, labels, tuple(classes), mean, std, None if masks is None else masks.bool(), name, split)
+        return cls(images, labels, tuple(classes), mean, std, masks, name, split)
 
     @property
     def object_masks(self) -> Tensor | None:
@@ -235,16 +274,19 @@ class ImageData(_Images):
         """Where the tensors live."""
         return self.images.device
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _each(self, change: Callable[[Tensor], Tensor], **kept: Any) -> Self:
         masks = None if self.masks is None else change(self.masks)
-        return replace(self, images=change(self.images), labels=change(self.labels), masks=masks)
+        return replace(self, images=change(self.images), labels=change(self.labels), masks=masks, **kept)
 
     def to(self, device: str | torch.device) -> ImageData:
         """The same data on `device`."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _at(self, index: Tensor) -> Self:
-        return self._each(lambda tensor: tensor[index.to(self.device)])
+        return self._each(lambda tensor: tensor[index.to(self.device)], paths=self._paths_at(index))
+
+    def _held(self) -> Iterator[Tensor | str]:
+        yield from (part for part in (self.images, self.labels, self.masks) if part is not None)
 
     def normalized(self, indices: slice | Sequence[int] | Tensor = slice(None)) -> Tensor:
         """Images as float32 (B, C, H, W): ``(images / 255 - mean) / std``."""
@@ -255,13 +297,26 @@ class ImageData(_Images):
             yield self.images[index], self.labels[index]
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+class _Unfit(Exception):
+    """Says why an image that can be read is of no use."""
+
+
+def _open(path: str) -> ImageFile:
     try:
-        with Image.open(path) as image:
+        return Image.open(path)
+    except UnidentifiedImageError:  # another thread may have been about to load what reads this one
+        Image.init()
+        return Image.open(path)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[ImageFile]:
+    try:
+        with _open(path) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path} ({type(error).__name__}); remove or replace it") from error
+    except Exception as error:  # a damaged file makes Pillow raise nearly everything
+        why = str(error) if isinstance(error, _Unfit) else type(error).__name__
+        raise ValueError(f"cannot read image {path} ({why}); remove or replace it") from error
 
 
 def side_of(path: str) -> int:
@@ -270,17 +325,69 @@ def side_of(path: str) -> int:
         return min(image.size)
 
 
-def decode_all(paths: Sequence[str], size: int) -> Tensor:
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits divided by 257 and rounded, with the alpha that a transparent value means."""
+    values = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+    return grey
+
+
+def _colours(image: ImageFile) -> Image.Image:
+    """RGB of 8 bits, upright and without transparency; an image for which these are not certain is `_Unfit`."""
+    tags, args = getattr(image, "tag_v2", {}), image.tile[0][3] if image.tile else None
+    stored = str(args[0] if isinstance(args, tuple) and args else args)  # how values lie in the file, by Pillow's name
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # those of cameras begin with the image
+        raise _Unfit(f"{frames} frames or pages; save one of them")
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    inverted = wide and tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    signed = 2 in tags.get(ExifTags.Base.SampleFormat, ())
+    if (image.mode in ("I", "F") and not wide) or stored == "I;12" or inverted or signed:
+        raise _Unfit(f"mode {image.mode}, stored as {stored}, has no certain range; save it with 8 or 16 bits")
+    transparent = image.has_transparency_data
+    if transparent and stored == "RGB;16B":
+        raise _Unfit("mode RGB with 16 bits and a transparent colour; save it with 8 bits or an alpha channel")
+    if transparent and stored in _SCALES:
+        image.info["transparency"] = min(image.info["transparency"] * _SCALES[stored], 255)
+    image.load()
+    # read after the pixels, as it may lie behind them; of a TIFF, Pillow has turned it
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) if image.info.keys() & _TURNED else 1
+    plain: Image.Image = _eight_bits(image) if wide else image
+    if transparent:
+        plain = plain.convert("RGBA")
+        alpha, backdrop = plain.getchannel("A"), Image.new("RGB", plain.size, _GREY)
+        seen = Image.composite(plain.convert("RGB"), backdrop, alpha)
+        if alpha.getextrema() != (255, 255) and seen.getextrema() == backdrop.getextrema():
+            raise _Unfit(f"mode {image.mode}, and nothing of it can be seen on grey, which stands for transparency")
+        plain = seen
+    plain = plain.convert("RGB")
+    if turned != 1:
+        plain.info.clear()
+        plain.getexif()[ExifTags.Base.Orientation] = turned
+        ImageOps.exif_transpose(plain, in_place=True)
+    return plain
+
+
+def decode_all(paths: Sequence[str], size: int, small: dict[str, int] | None = None) -> Tensor:
     """Read image files, a thread per core: RGB (N, 3, size, size), resized by the short side and cropped to the centre.
 
-    A file that is not a readable image is named.
+    Images are turned upright as their EXIF orientation says. Grey values of 16 bits are divided by 257; of colours with
+    16 bits Pillow keeps the upper 8. What is transparent lies on mid grey, (128, 128, 128). Smaller images are
+    enlarged; `small` takes the short sides of those enlarged more than eightfold, by path. A file that is no readable
+    image, or whose values are not certain (floats, 12 or 32 bits, several frames), is named.
     """
     out = np.empty((len(paths), size, size, 3), np.uint8)
 
     def fill(start: int) -> None:
         for i, path in enumerate(paths[start : start + 64], start):
             with _opened(path) as image:
-                square = image.convert("RGB")
+                square = _colours(image)
+                short, long = sorted(square.size)
+                if short * 8 < size and small is not None:
+                    small[path] = short
+                if size * size * long > short * 2**26:
+                    raise _Unfit(f"{square.width} x {square.height} pixels are too long a strip")
                 if square.size != (size, size):
                     square = pil.center_crop(pil.resize(square, size), [size, size])
                 out[i] = np.array(square)
@@ -290,12 +397,20 @@ def decode_all(paths: Sequence[str], size: int) -> Tensor:
     return torch.from_numpy(out).movedim(-1, 1).contiguous()
 
 
+def _decoded_or_said(paths: Sequence[str], size: int) -> Tensor | str:
+    """The images, or the message of the error, since a DataLoader wraps errors of its processes in tracebacks."""
+    try:
+        return decode_all(paths, size)
+    except ValueError as error:
+        return str(error)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageStream(_Images):
     """As `ImageData`, for image files too many to hold: decoded by a DataLoader while training goes on.
 
     Every image is brought to a side of `image_size`; `workers` processes decode, 0 decodes in this one; batches are put
-    on `device`.
+    on `device`; `paths` are relative to `root`.
     """
 
     paths: tuple[str, ...]
@@ -308,6 +423,7 @@ class ImageStream(_Images):
     split: str = "train"
     workers: int = 0
     device: torch.device = _CPU
+    root: str = ""
     object_masks = None
 
     def to(self, device: str | torch.device) -> ImageStream:
@@ -315,11 +431,18 @@ class ImageStream(_Images):
         return replace(self, device=torch.device(device))
 
     def _at(self, index: Tensor) -> Self:
-        return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), labels=self.labels[index])
+        return replace(self, paths=self._paths_at(index), labels=self.labels[index])
+
+    def _held(self) -> Iterator[Tensor | str]:
+        yield self.labels
+        yield torch.tensor([self.image_size, *(os.path.getsize(os.path.join(self.root, p)) for p in self.paths)])
+        yield from self.paths
 
     def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        chosen: Any = [[self.paths[i] for i in part.tolist()] for part in parts]
-        decode = partial(decode_all, size=self.image_size)
-        files: Iterable[Tensor] = DataLoader(chosen, None, collate_fn=decode, num_workers=self.workers)
+        chosen: Any = [[os.path.join(self.root, self.paths[i]) for i in part.tolist()] for part in parts]
+        decode = partial(_decoded_or_said, size=self.image_size)
+        files: Iterable[Tensor | str] = DataLoader(chosen, None, collate_fn=decode, num_workers=self.workers)
         for part, images in zip(parts, files, strict=True):
+            if isinstance(images, str):
+                raise ValueError(images)
             yield images.to(self.device, non_blocking=True), self.labels[part.cpu()].to(self.device)

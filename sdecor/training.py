@@ -238,7 +238,7 @@ def fit(
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
     if len(train) == 0:
         raise ValueError("train holds no images to learn from")
-    description = f"{objective}, {plan}, seed={seed}, images={len(train)}"
+    description = f"{objective}, {plan}, seed={seed}, images={len(train)}, {train.digest}"
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)

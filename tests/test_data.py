@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -46,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
         (
             "mnits",
             {},
-            "unknown data set 'mnits'; known: mnist, cifar10, caltech101, imagenet10, digits, shapes, "
-            "or an image folder (folder:PATH)",
+            "unknown data set 'mnits'; known: mnist, cifar10, cifar10-jpeg, caltech101, imagenet10, digits, "
+            "shapes, or an image folder (folder:PATH)",
         ),
         ("mnist", {"cue_copies": 3}, "data set 'mnist' has no option 'cue_copies'; it has: image_size, download"),
         ("digits", {"download": True}, "data set 'digits' has no option 'download'; it has: image_size"),
@@ -200,7 +202,7 @@ def test_a_large_folder_is_streamed_with_equal_batches(folder: Path, workers: in
     held = load(str(folder), limit=15)
     streamed = load(str(folder), limit=15, memory_limit=100, workers=workers)
     assert isinstance(held, ImageData) and isinstance(streamed, ImageStream)
-    for name in ("channels", "image_size", "num_classes", "classes", "mean", "std", "name", "split"):
+    for name in ("channels", "image_size", "num_classes", "classes", "mean", "std", "name", "split", "paths"):
         assert getattr(held, name) == getattr(streamed, name)
     both = [
         list(d.batches(4, shuffle=True, generator=generator(), augment=("crop", "flip")))
@@ -217,7 +219,7 @@ def test_an_unreadable_image_is_named(folder: Path) -> None:
     broken = folder / "train" / "b" / "03.png"
     for content, error in ((b"not an image", "UnidentifiedImageError"), (broken.read_bytes()[:60], "OSError")):
         broken.write_bytes(content)
-        for options in ({}, {"memory_limit": 1, "workers": 0}):
+        for options in ({}, {"memory_limit": 1, "workers": 0}, {"memory_limit": 1, "workers": 1}):
             with pytest.raises(
                 ValueError, match=exactly(f"cannot read image {broken} ({error}); remove or replace it")
             ):
@@ -232,30 +234,74 @@ def test_missing_and_empty_folders_are_named(folder: Path, tmp_path: Path) -> No
     empty = tmp_path / "empty"
     fails(f"image folder {empty} does not exist", FileNotFoundError, path=empty)
     empty.mkdir()
-    fails(
-        f"{empty}/train holds no class folders; put the images in {empty}/train/CLASS (.png, .jpg, .jpeg)", path=empty
-    )
-    (empty / "train" / "a").mkdir(parents=True)
-    fails(f"{empty}/train/a holds no images (.png, .jpg, .jpeg); add some or delete it", path=empty)
+    lacks = f"image folder {empty} has no train split, %s; put images in {empty}/train/CLASS, classes and scale come %s"
+    fails(lacks % ("nor another one", "from them"), FileNotFoundError, path=empty)
+    for name in ("val", "test"):
+        (empty / name).mkdir()
+    fails(lacks % ("only val and test", "from them"), FileNotFoundError, path=empty)
+    for name in ("val", "test"):
+        (empty / name).rmdir()
+    (empty / "train").mkdir()
+    fails(f"{empty}/train holds no class folders; put the images in {empty}/train/CLASS", path=empty)
+    (empty / "train" / "a").mkdir()
+    fails(f"{empty}/train/a holds no images; add some or delete it", path=empty)
     Image.new("RGB", (8, 8)).save(empty / "train" / "a" / "x.png")
     fails(f"{empty}/train holds 1 image; at least 2 are needed, one to validate on", path=empty)
     (folder / "test" / "c").mkdir()
     fails(f"{folder}/test/c is a class that the training images lack", split="test")
-    (folder / "test").rename(folder / "tests")
-    fails(f"image folder {folder} has no test split; put images in {folder}/test/CLASS", FileNotFoundError, "test")
+    (folder / "test").rename(folder / "Testing")
+    fails(f"{folder}/Testing is no split; the name of that is 'test'")
+    (folder / "Testing").rename(tmp_path / "elsewhere")
+    message = f"put images in {folder}/test/CLASS, or use the split 'val' (of a run: evaluate_on='val')"
+    fails(f"image folder {folder} has no test split; {message}", FileNotFoundError, "test")
+    (folder / "val").mkdir()
+    fails(f"{folder}/val holds no class folders; put the images in {folder}/val/CLASS")
 
 
-def test_ten_classes_of_imagenet_are_a_folder_below_the_root(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets a data set be whole with fewer images."""
+
+    def expect(name: str, classes: Any, **images: int) -> None:
+        layout = DATASETS[name].layouts[0]
+        changed = ({**layout, "images": {part.replace("_", "."): n for part, n in images.items()}},)
+        monkeypatch.setitem(DATASETS._entries, name, replace(DATASETS[name], classes=classes, layouts=changed))
+
+    return expect
+
+
+def test_ten_classes_of_imagenet_are_a_folder_below_the_root(
+    folder: Path, tmp_path: Path, few: Callable[..., None]
+) -> None:
     root = tmp_path / "root"
     root.mkdir()
     folder_of = {split: folder / split for split in ("train", "test")}
     (root / "imagenet10").mkdir()
     for split, path in folder_of.items():
         path.rename(root / "imagenet10" / split)
+    problem = f"{root}/imagenet10/train holds 2 class folders instead of 10"
+    assert data.check("imagenet10", root)[:2] == [problem, f"{root}/imagenet10/train holds 20 images instead of 4500"]
+    how = (
+        "has no download; put the files there as imagenet10/train/CLASS/*.jpg and imagenet10/test/CLASS/*.jpg, "
+        "or set SDECOR_DATA to the folder that holds them"
+    )
+    for split in data.SPLITS:
+        with pytest.raises(
+            ValueError, match=exactly(f"ImageNet, 10 classes under {root} is not whole ({problem}) and {how}")
+        ):
+            load("imagenet10", root, split)
+    few("imagenet10", 2, train=20, test=3)
+    (root / "imagenet10" / "test" / "b").mkdir()
+    problem = f"{root}/imagenet10/test holds 3 images instead of 4"
+    few("imagenet10", 2, train=20, test=4)
+    assert data.check("imagenet10", root) == [problem]
+    Image.new("RGB", (8, 8)).save(root / "imagenet10" / "test" / "b" / "x.PNG")
+    (root / "imagenet10" / "test" / "b" / "._x.PNG").write_bytes(b"of a Mac")
+    assert data.check("imagenet10", root) == []
     train, val, test = (load("imagenet10", root, split=split) for split in data.SPLITS)
-    assert [len(d) for d in (train, val, test)] == [18, 2, 3]
+    assert [len(d) for d in (train, val, test)] == [18, 2, 4]
     assert train.name == "imagenet10" and train.image_size == 64 and train.mean == test.mean
-    assert data.check("imagenet10", root)[0] == f"{root}/imagenet10/train holds 7 images instead of 4500"
+    assert isinstance(test, ImageData) and test.paths[-1] == "test/b/x.PNG"
 
 
 # Files of known data sets
@@ -265,25 +311,31 @@ def test_broken_mnist_files_are_named(tmp_path: Path) -> None:
     raw = fake_mnist(tmp_path)
     assert len(load("mnist", tmp_path, "val", limit=5, download=False)) == 5
     file = raw / "train-labels-idx1-ubyte"
-    os.truncate(file, 1000)
-    message = f"{file} is truncated: 1000 bytes instead of 60008; delete it and fetch again"
-    with pytest.raises(ValueError, match=exactly(message)):
-        load("mnist", tmp_path, download=False)
-    os.truncate(file, 0)
-    with pytest.raises(ValueError, match=exactly(message.replace("1000 bytes", "0 bytes"))):
-        load("mnist", tmp_path, download=False)
+    how = (
+        "could not be downloaded (download=False); put the files there, set SDECOR_DATA, or use data='digits' which "
+        "needs no download"
+    )
+
+    def fails(problem: str) -> None:
+        with pytest.raises(
+            ValueError, match=exactly(f"MNIST under {tmp_path} is not whole ({file} {problem}) and {how}")
+        ):
+            load("mnist", tmp_path, download=False)
+        assert data.check("mnist", tmp_path) == [f"{file} {problem}"]
+        assert not next(source for source in data.available(tmp_path) if source.name == "mnist").present
+
+    for length in (1000, 0):
+        os.truncate(file, length)
+        fails(f"is truncated: {length} bytes instead of 60008")
     file.write_bytes((0x801).to_bytes(4, "big") + bytes(60_005))
-    with pytest.raises(
-        ValueError, match=exactly(f"{file} is too long: 60009 bytes instead of 60008; delete it and fetch again")
-    ):
-        load("mnist", tmp_path, download=False)
+    fails("is too long: 60009 bytes instead of 60008")
     file.write_bytes(b"<htm" + bytes(60_004))
-    message = f"{file} has magic number 0x3c68746d instead of 0x801; delete it and fetch again"
-    with pytest.raises(ValueError, match=exactly(message)):
-        load("mnist", tmp_path, download=False)
+    fails("starts with 3c68746d instead of 00000801")
+    file.unlink()
+    fails("is missing")
 
 
-def test_torchvisions_cifar10_is_preferred_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvisions_cifar10_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
     base, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
@@ -293,6 +345,11 @@ def test_torchvisions_cifar10_is_preferred_and_checked(tmp_path: Path, monkeypat
         pixels[:, 0] = rng.integers(0, 256, 10_000)
         (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": rng.integers(0, 10, 10_000).tolist()}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    first = base / "data_batch_1"
+    problem = f"{first} is truncated: {first.stat().st_size} bytes instead of 31035704"
+    assert data.check("cifar10", tmp_path)[0] == problem
+    unsized = replace(DATASETS["cifar10"], layouts=({**DATASETS["cifar10"].layouts[0], "bytes": {}},))
+    monkeypatch.setitem(DATASETS._entries, "cifar10", unsized)
     with pytest.raises(ValueError, match=exactly(f"{base} is incomplete or corrupt; delete it and fetch again")):
         load("cifar10", tmp_path)
     assert data.check("cifar10", tmp_path)[0].startswith(f"{base / 'data_batch_1'} has another md5 sum than c99cafc1")
@@ -305,14 +362,52 @@ def test_torchvisions_cifar10_is_preferred_and_checked(tmp_path: Path, monkeypat
     assert train.mean == test.mean and train.classes == DATASETS["cifar10"].classes
 
 
-def test_an_incomplete_caltech101_is_named(tmp_path: Path) -> None:
+def test_the_jpeg_copy_of_cifar10_is_a_data_set_of_its_own(tmp_path: Path, few: Callable[..., None]) -> None:
+    classes = DATASETS["cifar10"].classes
+    assert DATASETS["cifar10-jpeg"].classes == classes == tuple(sorted(DATASETS["cifar10"].classes))  # type: ignore[arg-type]
+    assert config.Run.of(data="cifar10").key != config.Run.of(data="cifar10-jpeg").key
+    digits = ("zero", "one")  # by the last bit of their images
+    for part, number in (("train", 30), ("test", 4)):
+        for label in ("one", "zero"):
+            (tmp_path / "cifar10" / part / label).mkdir(parents=True)
+        for i in range(number):
+            Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / "cifar10" / part / digits[i % 2] / f"{i:02}.png")
+    train = tmp_path / "cifar10" / "train"
+    assert data.check("cifar10-jpeg", tmp_path)[0] == f"{train} has no folder for the class airplane"
+    with pytest.raises(FileNotFoundError, match="needs no download$"):
+        load("cifar10", tmp_path, download=False)
+    few("cifar10-jpeg", ("one", "zero"), train=30, test=4)
+    with pytest.raises(
+        FileNotFoundError, match="needs no download; CIFAR-10 \\(JPEG copy\\) is there: data='cifar10-jpeg'$"
+    ):
+        load("cifar10", tmp_path, download=False)
+    with pytest.raises(ValueError, match="^data set 'cifar10-jpeg' has no option 'download'; it has: image_size$"):
+        load("cifar10-jpeg", tmp_path, download=False)
+    d = load("cifar10-jpeg", tmp_path)
+    assert isinstance(d, ImageData) and d.name == "cifar10-jpeg" and d.classes == ("one", "zero") and len(d) == 30
+    everything = [f"train/{digits[odd]}/{i:02}.png" for odd in (1, 0) for i in range(odd, 30, 2)]
+    assert d.paths == tuple(everything[i] for i in images.permutation(30).tolist())
+    assert d.images[:, 0, 0, 0].tolist() == [int(path[-6:-4]) for path in d.paths]
+    test = load("cifar10-jpeg", tmp_path, "test")
+    assert test.paths == ("test/one/01.png", "test/one/03.png", "test/zero/00.png", "test/zero/02.png")
+    (tmp_path / "cifar10" / "test" / "one" / "01.png").unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path}/cifar10/test holds 3 images instead of 4"):
+        load("cifar10-jpeg", tmp_path)
+
+
+def test_an_incomplete_caltech101_is_named(tmp_path: Path, few: Callable[..., None]) -> None:
     ants = tmp_path / "caltech101" / "101_ObjectCategories" / "ant"
     ants.mkdir(parents=True)
     for i in range(30):
         Image.new("RGB", (8, 8)).save(ants / f"image_{i:04}.jpg")
+    problem = f"{ants.parent} holds 1 class folders instead of 101"
+    assert data.check("caltech101", tmp_path) == [problem, f"{ants.parent} holds 30 images instead of 8677"]
+    start = f"Caltech-101 under {tmp_path} is not whole ({problem}) and could not be downloaded (download=False); "
+    with pytest.raises(ValueError, match=f"^{re.escape(start)}"):
+        load("caltech101", tmp_path, download=False)
+    few("caltech101", 1, _=30)
     with pytest.raises(ValueError, match=exactly(f"{ants} holds 30 images, Caltech-101 has at least 31")):
         load("caltech101", tmp_path)
-    assert data.check("caltech101", tmp_path) == [f"{ants.parent} holds 30 images instead of 8677"]
 
 
 # The real thing
@@ -336,14 +431,15 @@ def test_real_mnist(real_data: Path) -> None:
 
 
 def test_real_cifar10_as_jpeg_files(real_data: Path) -> None:
-    val = load("cifar10", real_data, "val", limit=64, download=False)
-    test = load("cifar10", real_data, "test", limit=64, download=False)
+    if not (real_data / "cifar10").is_dir():
+        pytest.skip("no JPEG copy of CIFAR-10 there")
+    val = load("cifar10-jpeg", real_data, "val", limit=64)
+    test = load("cifar10-jpeg", real_data, "test", limit=64)
     assert isinstance(val, ImageData) and isinstance(test, ImageData) and val.mean == test.mean
-    if val.name == "cifar10-jpeg":
-        assert val.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.01)
-        assert val.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=0.01)
-    assert val.images.shape == (64, 3, 32, 32) and val.classes[0] == "airplane"
-    assert data.check("cifar10", real_data) == []
+    assert val.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.01)
+    assert val.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=0.01)
+    assert val.images.shape == (64, 3, 32, 32) and val.classes == DATASETS["cifar10"].classes
+    assert data.check("cifar10-jpeg", real_data) == []
 
 
 def test_real_caltech101(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import doctest
+import shutil
+import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import exactly, generator, toy
+from PIL import Image
 
 from sdecor import images
-from sdecor.data import ImageData, load
+from sdecor.data import ImageData, ImageStream, load
 from sdecor.images import augmented
+from sdecor.measures.localization import box_masks
 
 
 def test_the_examples_in_the_docstrings_run() -> None:
@@ -127,6 +134,94 @@ def test_subsets_are_nested_and_keep_the_order() -> None:
     assert picked.masks is not None and d.masks is not None and torch.equal(picked.masks, d.masks[[4, 2]])
     limited = load("shapes", split="val", limit=50)
     assert isinstance(limited, ImageData) and torch.equal(large.images, limited.images)
+
+
+def test_images_from_files_know_their_names(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "train" / "ab"[i % 2] / f"{i:02}.png")
+    held, streamed = (load(str(tmp_path), memory_limit=limit, workers=0) for limit in (1 << 30, 0))
+    assert isinstance(held, ImageData) and isinstance(streamed, ImageStream)
+
+    def seen(data: ImageData) -> list[str]:
+        return [f"train/{'ab'[i % 2]}/{i:02}.png" for i in data.images[:, 0, 0, 0].tolist()]
+
+    chosen: list[Any] = [4, [5, 0, 0], torch.tensor([3, -1]), torch.arange(11) % 3 == 1, np.array([2, 7]), range(3, 5)]
+    for d in (held, held.to("cpu"), *(held.subset(which) for which in chosen)):
+        assert list(d.paths) == seen(d)
+    for which in chosen:
+        assert streamed.subset(which).paths == held.subset(which).paths
+        assert torch.equal(streamed.subset(which).labels, held.subset(which).labels)
+    assert load(str(tmp_path), limit=4).paths == held.subset(4).paths
+    assert toy().paths == () == toy().subset([1, 2]).paths
+
+
+def test_masks_of_ones_own_are_set_in_one_line() -> None:
+    data = toy(6, size=8)
+    boxes = torch.tensor([[i, 1, i + 2, 4] for i in range(6)])
+    data = replace(data, masks=box_masks(boxes, 8, 8))
+    masks = torch.zeros(6, 8, 8, dtype=torch.bool)
+    for i in range(6):
+        masks[i, 1:4, i : i + 2] = True
+    assert data.object_masks is not None and torch.equal(data.object_masks, masks)
+    part = data.subset([4, 1]).to("cpu")
+    assert part.object_masks is not None and torch.equal(part.object_masks, masks[[4, 1]])
+    numbers = replace(data, masks=masks.float())
+    assert numbers.masks is not None and numbers.masks.dtype == torch.bool and torch.equal(numbers.masks, masks)
+    with pytest.raises(ValueError, match=exactly("masks must have shape (6, 8, 8), got (5, 8, 8)")):
+        replace(data, masks=masks[1:])
+
+
+def test_the_digest_changes_with_what_is_held() -> None:
+    data = toy(6, size=8)
+    assert data.digest == toy(6, size=8).digest == data.to("cpu").digest == data.subset(range(6)).digest
+    assert len(data.digest) == 16 and int(data.digest, 16) >= 0
+    assert replace(data, images=data.images.contiguous(memory_format=torch.channels_last)).digest == data.digest
+    assert replace(data, name="x", split="test", paths=tuple("abcdef")).digest == data.digest
+    changed = data.images.clone()
+    changed[5, 2, 7, 7] ^= 1
+    masks = torch.zeros(6, 8, 8, dtype=torch.bool)
+    others = [
+        replace(data, images=changed),
+        replace(data, images=data.images.reshape(6, 3, 4, 16)),
+        replace(data, labels=data.labels.flip(0)),
+        replace(data, classes=tuple("vwxyz")),
+        replace(data, mean=(0.5, 0.5, 0.5)),
+        replace(data, std=(0.5, 0.5, 0.5)),
+        replace(data, masks=masks),
+        replace(data, masks=~masks),
+        data.subset([1, 0, 2, 3, 4, 5]),
+        data.subset(5),
+    ]
+    assert len({d.digest for d in (data, *others)}) == 11
+
+
+def test_the_digest_of_a_stream_goes_by_names_and_sizes(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.bin").write_bytes(bytes(i))
+    stream = ImageStream(
+        ("0.bin", "1.bin", "2.bin"), torch.arange(3), tuple("abc"), (0.5,), (0.5,), 8, root=str(tmp_path)
+    )
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert stream.digest == replace(stream, root=str(tmp_path / "copy"), workers=3).digest == stream.to("cpu").digest
+    seen = {stream.digest, replace(stream, labels=torch.tensor([0, 2, 1])).digest, replace(stream, image_size=9).digest}
+    seen |= {stream.subset([1, 2]).digest, replace(stream, classes=tuple("abd")).digest}
+    (tmp_path / "2.bin").write_bytes(bytes(7))
+    seen.add(replace(stream).digest)
+    assert len(seen) == 6
+
+
+def test_the_digest_of_mnist_is_quick() -> None:
+    data = ImageData.from_tensors(torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8), torch.zeros(60_000))
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        assert len(replace(data).digest) == 16
+        times.append(time.process_time() - start)
+    assert min(times) < 0.2
+    start = time.process_time()
+    assert data.digest == data.digest
+    assert time.process_time() - start < 0.4
 
 
 def test_a_users_tensors_share_the_training_splits_scale() -> None:
