@@ -340,7 +340,7 @@ def _colours(image: ImageFile) -> Image.Image:
     stored = str(args[0] if isinstance(args, tuple) and args else args)  # how values lie in the file, by Pillow's name
     if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # those of cameras begin with the image
         raise _Unfit(f"{frames} frames or pages; save one of them")
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     inverted = wide and tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     signed = 2 in tags.get(ExifTags.Base.SampleFormat, ())
     if (image.mode in ("I", "F") and not wide) or stored == "I;12" or inverted or signed:
