@@ -146,7 +146,8 @@ def test_missing_record_says_how_to_train_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         chapter.records([run], Store(tmp_path), retrain=False)
     assert str(caught.value) == (
-        f"{tmp_path} holds no record of standard on mnist, seed 3 (key {run.key}); pass retrain=True to train it"
+        f"{tmp_path} holds no record of standard on mnist, seed 3 (key {run.key}); pass retrain=True to train it, or "
+        "where a chapter has no such parameter leave store empty"
     )
 
 

@@ -270,7 +270,7 @@ def records(
         if record is None:
             raise FileNotFoundError(
                 f"{shelf.root} holds no record of {run.method} on {run.data.name}, seed {run.seed} (key {run.key}); "
-                "pass retrain=True to train it"
+                "pass retrain=True to train it, or where a chapter has no such parameter leave store empty"
             )
     return [record for record in found if record is not None]
 
