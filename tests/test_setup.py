@@ -156,6 +156,26 @@ def test_operators_that_exist_are_left_alone() -> None:
     assert python(code) == "0 [2.0, 2.0]\n"
 
 
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path) -> Path:
+    """Files of a checkout that make needs, and what stands for Python."""
+    (folder := tmp_path / "checkout").mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, folder)
+    (tmp_path / "python").write_text(INTERPRETER)
+    (tmp_path / "python").chmod(0o755)
+    return folder
+
+
+def make(target: str, checkout: Path) -> tuple[int, list[str]]:
+    """Exit code of a target, and the calls of Python."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    (log := checkout / "log").unlink(missing_ok=True)
+    command = ["make", target, f"PYTHON={checkout.parent / 'python'}"]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, check=False)
+    return done.returncode, log.read_text().splitlines() if log.exists() else []
+
+
 INTERPRETER = """\
 #!/bin/sh
 # Stands for Python: notes its arguments, fails where the file "broken" lies, and makes an environment of itself.
@@ -168,22 +188,10 @@ esac
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_sets_up_once_and_takes_nothing_half_done_for_done(root: Path, tmp_path: Path) -> None:
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(root / name, checkout)
-    (tmp_path / "python").write_text(INTERPRETER)
-    (tmp_path / "python").chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-
+def test_make_sets_up_once_and_takes_nothing_half_done_for_done(checkout: Path, tmp_path: Path) -> None:
     def ready(checkout: Path) -> tuple[int, list[str]]:
-        (checkout / "log").unlink(missing_ok=True)
-        command = ["make", "ready", f"PYTHON={tmp_path / 'python'}"]
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, check=False)
-        log = checkout / "log"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return done.returncode, [line.split()[1] for line in lines if line.startswith("-m")]
+        code, calls = make("ready", checkout)
+        return code, [line.split()[1] for line in calls if line.startswith("-m")]
 
     everything = ["venv", "pip", "pip", "ipykernel"]
     assert ready(checkout) == (0, everything)
@@ -205,3 +213,16 @@ def test_make_sets_up_once_and_takes_nothing_half_done_for_done(root: Path, tmp_
 
     os.utime(checkout / "pyproject.toml", (later - 10, later - 10))
     assert ready(checkout.rename(tmp_path / "moved")) == (0, everything), "scripts name the path they were made for"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_targets_that_ci_leaves_alone(checkout: Path) -> None:
+    """One would change the checkout, the other remove the environment; what `chapters` calls is in test_tools."""
+    assert make("ready", checkout)[0] == 0
+    assert make("chapters", checkout) == (0, ["-m sdecor_book --stale"])
+    kept = {"Makefile", "pyproject.toml", "constraints.txt", "book/build/whitening.md"}
+    for name in ("_build/html/index.html", "build/quick/x.ipynb", ".mypy_cache/x", "book/build/whitening.md"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    assert make("clean", checkout) == (0, [])
+    assert {p.relative_to(checkout).as_posix() for p in checkout.rglob("*") if p.is_file()} == kept

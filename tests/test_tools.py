@@ -18,10 +18,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jupytext
 import nbformat
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import sdecor
 from sdecor import report
@@ -49,12 +51,15 @@ def test_empty_parameters_take_the_value_of_the_preset() -> None:
     settings = chapter.parameters(namespace(), PRESETS)
     assert vars(settings) == {
         "preset": "published", "epochs": 8, "data": "mnist", "seeds": 5, "retrain": False, "rate": 0.5,
+        "given": {"rate": 0.5},
     }  # fmt: skip
 
 
 def test_given_parameters_override_the_preset() -> None:
     settings = chapter.parameters(namespace(preset="quick", epochs=1, rate=1), PRESETS)
     assert (settings.epochs, settings.data, settings.rate) == (1, "digits", 1)
+    assert settings.given == {"epochs": 1, "rate": 1}  # digits are the preset's own
+    assert chapter.parameters(namespace(preset="quick", data="digits", rate=0.0), PRESETS).given == {}
 
 
 @pytest.mark.parametrize(
@@ -77,22 +82,88 @@ def test_bad_parameters_are_named(changed: dict[str, Any], message: str) -> None
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 1}, "parameter 'epochs' must be from 2 to 9, got 1"),
+        ({"epochs": 10, "retrain": True}, "parameter 'epochs' must be from 2 to 9, got 10"),
+        ({"rate": 1.0}, "parameter 'rate' must be finite and at least 2, got 1.0"),
+        ({"epochs": 2}, "parameter 'epochs' is 8 in what was published; 2 needs retrain=True"),
+    ],
+)
+def test_what_a_chapter_cannot_use_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        limits = {"epochs": (2, 9), "rate": (2, None)}
+        chapter.parameters(namespace(**{"rate": 0.0, **changed}), PRESETS, limits=limits, fixed=("epochs",))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"epochs": 8}, {"epochs": 2, "retrain": True}, {"preset": "quick", "epochs": 2}]
+)
+def test_what_it_can_use_is_taken(changed: dict[str, Any]) -> None:
+    settings = chapter.parameters(namespace(**changed), PRESETS, limits={"epochs": (2, 9)}, fixed=("epochs",))
+    assert settings.epochs == changed.get("epochs", 8)
+
+
+def said_by(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> str:
+    """What a chapter's check of its parameters puts on the page, in Markdown."""
+    shown: list[str] = []
+    monkeypatch.setattr(chapter, "display", lambda text: shown.append(text.data))
+    chapter.parameters(namespace(**{"rate": 0.0, **changed}), PRESETS)
+    return "".join(shown)
+
+
+@pytest.mark.parametrize("changed", [{}, {"epochs": 8}, {"retrain": True}])
+def test_of_the_published_run_nothing_is_said(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+    assert said_by(monkeypatch, **changed) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings"),
+    [
+        ({"preset": "quick"}, "`preset='quick'`"),
+        ({"preset": "quick", "retrain": True, "epochs": 1}, "`preset='quick'`, `epochs=1`"),
+        ({"data": "shapes", "epochs": 8}, "`data='shapes'`"),
+    ],
+)
+def test_another_run_is_said_to_be_another(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], settings: str
+) -> None:
+    assert said_by(monkeypatch, **changed).startswith(
+        f"> **This is not the published run**, but one with {settings}. Tables, figures and the numbers"
+    )
+
+
+def test_a_flag_without_effect_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    chapter.parameters(namespace(preset="quick", retrain=True), PRESETS)
+    said = "without effect here: retrain=True (this preset trains what is missing anyway)"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_missing_record_says_how_to_train_it(tmp_path: Path) -> None:
     run = Run.of(data="mnist", method="standard", seed=3)
     with pytest.raises(FileNotFoundError) as caught:
         chapter.records([run], Store(tmp_path), retrain=False)
     assert str(caught.value) == (
-        f"{tmp_path} holds no record of standard on mnist, seed 3 (key {run.key}); pass retrain=True to train it"
+        f"{tmp_path} holds no record of standard on mnist, seed 3 (key {run.key}); pass retrain=True to train it, or "
+        "where a chapter has no such parameter leave store empty"
     )
 
 
-def test_records_that_are_there_are_read_in_order(tmp_path: Path) -> None:
+def test_records_that_are_there_are_read_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shelf, runs = Store(tmp_path), [Run.of(data="mnist", seed=seed) for seed in (1, 0)]
     shape = {"channels": 1, "num_classes": 10, "image_size": 28}
     for run in runs:
         shelf.write(Record(run, {"accuracy": run.seed / 2}, {}, shape, {}, ""))
+    given = {"workers": 8, "device": "cuda", "data": "mnist"}
     for retrain in (False, True):
-        assert [r.run.seed for r in chapter.records(iter(runs), shelf, retrain=retrain)] == [1, 0]
+        asked = {"retrain": True, **given} if retrain else given
+        assert [r.run.seed for r in chapter.records(iter(runs), shelf, retrain=retrain, given=asked)] == [1, 0]
+    assert capsys.readouterr().out.splitlines() == [
+        f"without effect here: {names} (no network is trained here, all are read from records)"
+        for names in ("workers=8, device='cuda'", "retrain=True, workers=8, device='cuda'")
+    ]
 
 
 def test_missing_records_are_trained_with_no_more_workers_than_they_are(
@@ -115,8 +186,9 @@ TINY_PLAN = {
 
 def planned(shelf: Store, **given: Any) -> Results:
     values = {"preset": "published", "retrain": False, "data": "", "model": "", "seeds": 0, "epochs": 0, "workers": 0}
-    values |= {"device": "cpu", "data_root": ""}
-    return chapter.planned(Plan.of("tiny", TINY_PLAN), SimpleNamespace(**{**values, **given}), shelf)
+    values |= {"limit": 0, "device": "", "data_root": ""}
+    settings = SimpleNamespace(**{**values, **given}, given={n: v for n, v in given.items() if n != "preset"})
+    return chapter.planned(Plan.of("tiny", TINY_PLAN), settings, shelf)
 
 
 def write(shelf: Store, runs: Iterable[Run]) -> None:
@@ -158,7 +230,9 @@ def test_published_is_the_preset_with_most_records(tmp_path: Path) -> None:
     assert names == ["gpu", "cpu"]
 
 
-def test_a_planned_chapter_trains_where_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planned_chapter_trains_where_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[Any] = []
 
     def train(course: Course, shelf: Store, **how: Any) -> None:
@@ -174,6 +248,76 @@ def test_a_planned_chapter_trains_where_it_may(tmp_path: Path, monkeypatch: pyte
         ("quick", 1, 7, {"workers": 3, "threads": 1, "device": "cpu", "root": None}),
         ("cpu", 4, 1, {"workers": 1, "threads": 1, "device": "cpu", "root": "there"}),
     ]
+    assert capsys.readouterr().out == "without effect here: data_root='there' (digits does not lie there)\n"
+    planned(Store(tmp_path / "cpu"), preset="cpu", retrain=True, seeds=4, workers=900, device="cuda")
+    assert len(seen) == 2
+    said = "retrain=True, workers=900, device='cuda' (no network is trained here, all are read from records)"
+    assert capsys.readouterr().out == f"without effect here: {said}\n"
+    planned(Store(tmp_path / "many"), preset="quick", workers=900)
+    assert seen[2][3]["workers"] == 4  # no more than there are runs at most
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"train": 3}, "image folder {} has no test split; put images in {}/test/CLASS"),
+        ({"train": 3, "test": 1}, "the test images of folder:{} are of 1 class, and this chapter needs 2"),
+    ],
+)
+def test_test_images_are_looked_at_before_anything_is_trained(
+    classes: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, count in classes.items():
+        for name in range(count):
+            (folder := tmp_path / "own" / split / str(name)).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (80 * name, 40 * i, 0)).save(folder / f"{i}.png")
+    monkeypatch.setattr(chapter, "run_plan", lambda *_, **__: pytest.fail("it is trained"))
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        planned(Store(tmp_path / "store"), preset="quick", data=f"folder:{tmp_path / 'own'}")
+    assert str(caught.value) == message.format(*[tmp_path / "own"] * 2)
+
+
+def test_a_chapter_may_be_run_on_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Course] = []
+    monkeypatch.setattr(chapter, "run_plan", lambda course, *_, **__: seen.append(course))
+    with pytest.raises(FileNotFoundError, match="no records"):
+        planned(Store(tmp_path), preset="quick", limit=40)
+    assert {run.data.limit for runs in seen[0].possible().values() for run in runs} == {40}
+
+
+def test_pictures_shown_are_there() -> None:
+    for count in range(1, 12):
+        rows = chapter.shown(torch.arange(count), [3, 5, 7, 8])
+        assert rows == ([3, 5, 7, 8] if count > 8 else [*range(min(count, 4))])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1.0, 2.0], "1.50 ± 0.71"),
+        ([1.0, float("nan"), 2.0], "1.50 ± 0.71"),
+        ([2.0], "2.00"),
+        ([-1e-9, 1e-9, -1e-9], "0.00 ± 0.00"),
+        ([float("nan")], "–"),
+        ([], "–"),
+    ],
+)
+def test_mean_and_spread_in_a_table(values: list[float], text: str) -> None:
+    assert chapter.spread(values) == text
+    assert chapter.spread(torch.tensor(values, dtype=torch.float64)) == text
+
+
+def test_a_chapter_asks_for_a_data_root_only_if_its_data_may_lie_there() -> None:
+    """And no parameter of a chapter is one that its cells never look at."""
+    for name in execute.known():
+        cells = [c for c in jupytext.read(chapter.BOOK / f"{name}.md").cells if c.cell_type == "code"]
+        (declared,) = [c.source for c in cells if "parameters" in c.metadata.get("tags", ())]
+        names = re.findall(r"^(\w+): \w+ = ", declared, re.MULTILINE)
+        assert ("data_root" in names) == ("data" in names), name
+        used = "\n".join(c.source for c in cells if c.source != declared)
+        through = ["preset"] + ["data", "limit", "model", "seeds", "epochs", "workers", "device"] * ("planned(" in used)
+        assert [n for n in names if n not in through and not re.search(rf"\b{n}\b", used)] == [], name
 
 
 def test_presets_of_a_plan_are_those_of_its_chapter() -> None:

@@ -4,50 +4,71 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
 import safetensors.torch
+from IPython.display import Markdown, display
 from torch import Tensor, nn
 
 from sdecor._files import locked, replace_atomically
 from sdecor.config import Run
 from sdecor.experiment import grid
-from sdecor.plan import Plan
-from sdecor.planned import Results, results, run_plan
-from sdecor.registers import Between, Option
+from sdecor.measures.statistics import summary
+from sdecor.plan import Course, Plan
+from sdecor.planned import Results, results, run_plan, work
+from sdecor.prepare import data_of
+from sdecor.registers import DATASETS, Between, Option
 from sdecor.report import glue
+from sdecor.report.tables import DASH
 from sdecor.sources import data_root
 from sdecor.store import Record, Store
 
 from . import BOOK, ROOT
 
 __all__ = ["glue", "holds", "kept", "parameters", "plan", "planned", "presets", "progress", "published", "records"]
-__all__ += ["store"]
+__all__ += ["shown", "spread", "store"]
 _SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+_HOW = {"retrain", "workers", "device", "data_root"}  # they decide how, and not what, is run
+_READ = "no network is trained here, all are read from records"
+_OTHER = (
+    "> **This is not the published run**, but one with {}. Tables, figures and the numbers that the text takes from "
+    "outputs are of this run. What its sentences and captions say of results was found in the published run, and need "
+    "not hold here."
+)
 
 
-def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
+def parameters(
+    namespace: Mapping[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
+    *,
+    limits: Mapping[str, tuple[int, int | None]] | None = None,
+    fixed: Iterable[str] = (),
+) -> SimpleNamespace:
     """Check a chapter's parameters and fill in its preset.
 
-    Call it right after the cell tagged ``parameters``: papermill itself accepts any name and any type.
+    Call it right after the cell tagged ``parameters``: papermill itself accepts any name and any type. A run that is
+    not the published one is said to be another.
 
     Args:
         namespace: ``globals()`` of the notebook. Its annotations are the known parameters and their types, ``preset``
             among them. A value that is empty (``""`` or ``0``) takes the preset's.
         presets: Settings of each preset by name.
+        limits: Least and greatest value of numbers that are not empty; None sets no greatest.
+        fixed: Parameters that can differ from the published ones only with ``retrain``.
 
     Returns:
-        The settings of the preset, overridden by the parameters that were given.
+        The settings of the preset, overridden by the parameters that were given; these alone are a dictionary, `given`.
 
     Raises:
-        ValueError: If a parameter or preset is unknown, a value of the wrong type, or a number negative or not finite.
+        ValueError: If a parameter or preset is unknown, a value of the wrong type, or a number negative or not finite
+            or beyond its limits, or if a fixed one is given.
 
     Example:
-        >>> given = {"__annotations__": {"preset": str, "epochs": int}, "preset": "quick", "epochs": 0}
-        >>> parameters(given, {"quick": {"epochs": 3}}).epochs
+        >>> given = {"__annotations__": {"preset": str, "epochs": int}, "preset": "published", "epochs": 0}
+        >>> parameters(given, {"published": {"epochs": 3}}).epochs
         3
     """
     types: dict[str, Any] = dict(namespace["__annotations__"])
@@ -63,8 +84,51 @@ def parameters(namespace: Mapping[str, Any], presets: Mapping[str, Mapping[str, 
     preset = values["preset"]
     if preset not in presets:
         raise ValueError(f"unknown preset '{preset}'; known: {', '.join(presets)}")
-    given = {name: value for name, value in values.items() if value or name not in presets[preset]}
-    return SimpleNamespace(**{**presets[preset], **given})
+    own = presets[preset]
+    given = {name: value for name, value in values.items() if value and name != "preset" and value != own.get(name)}
+    settings = {**own, **{name: value for name, value in values.items() if value or name not in own}}
+    for name, (low, high) in (limits or {}).items():
+        if settings[name]:
+            Between(low, float("inf") if high is None else high).check(f"parameter '{name}'", settings[name])
+    if preset != "quick" and not values.get("retrain") and (kept := [name for name in fixed if name in given]):
+        was, value = own[kept[0]], given[kept[0]]
+        raise ValueError(f"parameter '{kept[0]}' is {was!r} in what was published; {value!r} needs retrain=True")
+    if preset == "quick":
+        _without_effect(given, ("retrain",), "this preset trains what is missing anyway")
+    other = ["`preset='quick'`"] * (preset == "quick") + [f"`{n}={v!r}`" for n, v in given.items() if n not in _HOW]
+    if other:
+        display(Markdown(_OTHER.format(", ".join(other))))
+    return SimpleNamespace(**settings, given=given)
+
+
+def _without_effect(given: Mapping[str, Any], names: Iterable[str], why: str) -> None:
+    """Say which of these parameters were given and do nothing."""
+    if idle := [f"{name}={given[name]!r}" for name in names if name in given]:
+        print(f"without effect here: {', '.join(idle)} ({why})")
+
+
+def spread(values: Iterable[float], digits: int = 2) -> str:
+    """Mean and standard deviation over seeds, as a page shows them; NaN does not count, and a single seed has no ±.
+
+    Example:
+        >>> spread([1.0, 2.0]), spread([1.0]), spread([])
+        ('1.50 ± 0.71', '1.00', '–')
+    """
+    known = [float(value) for value in values if value == value]
+    if not known:
+        return DASH
+    zero = f"{0:.{digits}f}"
+    return " ± ".join(f"{part:.{digits}f}" for part in summary(known)[: len(known)]).replace(f"-{zero}", zero)
+
+
+def shown(index: Sequence[int] | Tensor, wanted: Sequence[int]) -> list[int]:
+    """Which pictures of an exhibit to show: those wanted, or where it has not all of them, as many of the first.
+
+    Example:
+        >>> shown(range(10), [3, 5]), shown(range(4), [3, 5])
+        ([3, 5], [0, 1])
+    """
+    return list(wanted) if max(wanted) < len(index) else list(range(min(len(wanted), len(index))))
 
 
 def holds(left: Any, right: Any, tolerance: float) -> bool:
@@ -120,31 +184,48 @@ def published(plan: Plan, shelf: Store) -> list[Results]:
     return sorted((f for f in found if f.records), key=lambda f: -len(f.all()))
 
 
-def planned(plan: Plan, settings: SimpleNamespace, shelf: Store) -> Results:
+def planned(plan: Plan, settings: SimpleNamespace, shelf: Store, *, classes: int = 2) -> Results:
     """What a store has of a plan, at the preset and with the changes that a chapter was given.
 
     Args:
         plan: Of the chapter.
-        settings: From `parameters`. ``data``, ``model``, ``seeds`` and ``epochs`` take the place of the preset's if
-            they are given; ``retrain``, or the preset ``quick``, trains what is missing, with so many ``workers`` on
-            ``device``; ``data_root`` is where the data lie.
+        settings: From `parameters`. ``data``, ``limit``, ``model``, ``seeds`` and ``epochs`` take the place of the
+            preset's if they are given; ``retrain``, or the preset ``quick``, trains what is missing, with so many
+            ``workers`` on ``device``; ``data_root`` is where the data lie.
         shelf: The store.
+        classes: Of how many classes the chapter needs test images.
 
     Raises:
         FileNotFoundError: If there are no records, or the data are absent.
+        ValueError: If the test images are of too few classes.
     """
     known = published(plan, shelf)
     sizes = [f.course.preset for f in known] + [name for name in plan.presets if name != "quick"]
     preset = sizes[0] if settings.preset == "published" else settings.preset
-    over = {n: value for n in ("data", "model", "seeds", "epochs") if (value := getattr(settings, n))}
-    course = plan.at(preset, **over)
-    if settings.retrain or preset == "quick":
-        how = {"workers": settings.workers or 1, "threads": 1, "device": settings.device}
-        run_plan(course, shelf, root=settings.data_root or None, **how)
+    over = {n: value for n in ("data", "limit", "model", "seeds", "epochs") if (value := getattr(settings, n))}
+    course, root = plan.at(preset, **over), settings.data_root or None
+    if (settings.retrain or preset == "quick") and not all(ready for _, ready in work(course, shelf)):
+        _check_test(course, shelf, root, classes)
+        workers = min(settings.workers or 1, course.count())
+        run_plan(course, shelf, root=root, workers=workers, threads=1, device=settings.device or "cpu")
+    else:
+        _without_effect(settings.given, ("retrain", "workers", "device"), _READ)
+    entry = DATASETS[course.shared["data"]] if course.shared["data"] in DATASETS else None
+    if entry is None or entry.present is None:
+        _without_effect(settings.given, ("data_root",), f"{course.shared['data']} does not lie there")
     found = results(course, shelf)
     if not found.records:
         raise FileNotFoundError(f"{shelf.root} holds no records of this plan at '{preset}'; pass retrain=True to train")
     return found
+
+
+def _check_test(course: Course, shelf: Store, root: str | None, classes: int) -> None:
+    """Before anything is trained: whether there are test images, and of how many classes."""
+    run = next(iter(course.possible().values()))[0]
+    there = len(data_of(run, shelf, "test", root=root).labels.unique())
+    if there < classes:
+        some = f"{there} class{'es' * (there != 1)}"
+        raise ValueError(f"the test images of {run.data.name} are of {some}, and this chapter needs {classes}")
 
 
 def progress(found: Results, shelf: Store) -> str:
@@ -164,13 +245,16 @@ def progress(found: Results, shelf: Store) -> str:
     return f"{done}. Not run yet: {', and '.join(parts)}. This goes on: `{command}`."
 
 
-def records(runs: Iterable[Run], shelf: Store, *, retrain: bool, **settings: Any) -> list[Record]:
+def records(
+    runs: Iterable[Run], shelf: Store, *, retrain: bool, given: Mapping[str, Any] | None = None, **settings: Any
+) -> list[Record]:
     """Records of `runs`, read or, if `retrain` allows it, trained where they are missing.
 
     Args:
         runs: What is wanted.
         shelf: Where it is looked for.
         retrain: Whether to train.
+        given: From `parameters`; what of it does nothing here is said.
         settings: Handed to `sdecor.experiment.grid`.
 
     Raises:
@@ -181,11 +265,12 @@ def records(runs: Iterable[Run], shelf: Store, *, retrain: bool, **settings: Any
     if retrain and None in found:
         workers = min(settings.get("workers", 1), found.count(None))
         return grid(wanted, shelf, **{**settings, "workers": workers, "threads": 1, "progress": False})
+    _without_effect(given or {}, ("retrain", "workers", "device"), _READ)
     for run, record in zip(wanted, found, strict=True):
         if record is None:
             raise FileNotFoundError(
                 f"{shelf.root} holds no record of {run.method} on {run.data.name}, seed {run.seed} (key {run.key}); "
-                "pass retrain=True to train it"
+                "pass retrain=True to train it, or where a chapter has no such parameter leave store empty"
             )
     return [record for record in found if record is not None]
 

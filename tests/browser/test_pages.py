@@ -284,18 +284,34 @@ def marks(path: Path) -> Marks:
     return Marks(path)
 
 
-@pytest.mark.usefixtures("site")
-@pytest.mark.parametrize("name", PAGES)
-def test_links_within_the_site_arrive(name: str) -> None:
-    page = SITE / f"{name}.html"
+def dead(page: Path) -> list[str]:
+    """Links of a page within its site that lead to no file, or to no place in it."""
+    found = []
     for link in marks(page).links:
         parts = urlsplit(link)
         if parts.scheme or parts.netloc or link in ("", "#"):
             continue
         target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-        assert target.is_file(), link
-        if parts.fragment and target.suffix == ".html":
-            assert unquote(parts.fragment) in marks(target).ids, link
+        anchor = unquote(parts.fragment) if target.suffix == ".html" else ""
+        if not target.is_file() or anchor and anchor not in marks(target).ids:
+            found.append(link)
+    return found
+
+
+@pytest.mark.usefixtures("site")
+def test_links_within_the_site_arrive() -> None:
+    """On all pages: also the index, and the code of the modules, which links back to the API."""
+    pages = [page for page in SITE.rglob("*.html") if "_static" not in page.relative_to(SITE).parts]
+    assert {*(SITE / f"{name}.html" for name in PAGES), SITE / "_modules/sdecor/sources.html"} <= {*pages}
+    assert {page.relative_to(SITE).as_posix(): links for page in pages if (links := dead(page))} == {}
+
+
+def test_dead_links_would_be_noticed(tmp_path: Path) -> None:
+    (tmp_path / "there.html").write_text("<p id=here>")
+    page = tmp_path / "page.html"
+    links = ["there.html", "there.html#here", "there.html#gone", "gone.html", "#gone", "#top", "https://x.org/a#b", "#"]
+    page.write_text("<h1 id=top>" + "".join(f"<a href='{link}'>" for link in links))
+    assert dead(page) == ["there.html#gone", "gone.html", "#gone"]
 
 
 @pytest.mark.usefixtures("site")
