@@ -277,7 +277,7 @@ def _cases(
     """Each of the attributions and controls with its case; the object's mask is left out where there is none."""
     if not set(names) - {CONTROLS[0]}:  # it comes first: if others are there and it is not, there is no mask
         return
-    data = data_of(run, store, run.evaluate_on, root=root, device=device)
+    data = held_out_of(run, store, root, device)
     if isinstance(data, ImageStream):
         raise ValueError("a table needs images in memory, and these are streamed; raise memory_limit")
     if images > len(data):
@@ -301,6 +301,17 @@ def _maps(name: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor
     return sanity.controls(images)[name]
 
 
+def held_out_of(
+    run: Run, store: Store, root: str | os.PathLike[str] | None = None, device: str = "cpu"
+) -> ImageData | ImageStream:
+    """The held-out images of a run; ValueError if they are not those that its record was made of."""
+    data, record = data_of(run, store, run.evaluate_on, root=root, device=device), store.record(run)
+    known = {} if record is None else record.environment.get("images", {})
+    if known.get(run.evaluate_on, data.digest) != data.digest:
+        raise ValueError(f"the images of {run.data.name} have changed since run {run.key} was measured; put those back")
+    return data
+
+
 def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None = None, device: str = "cpu") -> Record:
     """Measure a finished run with the measures of today and put them into its record, and its exhibit beside it.
 
@@ -308,7 +319,7 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
     version it was measured. Missing weights raise FileNotFoundError, and those of another record ValueError.
     """
     with locked(store.checkpoint(run).with_suffix(".lock")):
-        data = data_of(run, store, run.evaluate_on, root=root, device=device)
+        data = held_out_of(run, store, root, device)
         model, record, where = store.model(run), store.record(run), device_of(device)
         assert record is not None  # else there would have been no model
         layers = run.objective.settings.get("layers", ())

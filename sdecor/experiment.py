@@ -90,7 +90,8 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     metrics, curves = measure(model, held_out, layers=layers, device=where, **wanted)
     shown = exhibit(model, held_out, device=where) if run.thorough else None
     ways = list(dict.fromkeys(history.computed))
-    circumstances = {**environment(where), "data": train.name, "ways": ways}
+    images = {} if run.data.removed else {"train": train.digest, run.evaluate_on: held_out.digest}
+    circumstances = {**environment(where), "data": train.name, "images": images, "ways": ways}
     circumstances |= {name: any(said in one for one in ways) for name, said in SAID.items()}
     took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
     seconds = {name: round(value, 1) for name, value in took.items()}

@@ -95,12 +95,12 @@ class _Sums:
             curves[name].append(value)
 
 
-def _save(path: Path | None, description: str, history: History, **parts: Any) -> None:
+def _save(path: Path | None, description: tuple[str, str], history: History, **parts: Any) -> None:
     """Write a checkpoint: SHA-256 of what follows (torch checks none of its own), then what ``torch.save`` makes."""
     if path is None:
         return
     buffer, state = io.BytesIO(), {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"description": description, "history": vars(history), **state}, buffer)
+    torch.save({"description": description[0], "images": description[1], "history": vars(history), **state}, buffer)
     content = buffer.getvalue()
     replace_atomically(path, lambda f: f.write(hashlib.sha256(content).digest() + content))
 
@@ -120,7 +120,7 @@ def epochs_done(checkpoint: Path) -> int:
     return 0 if state is None else len(state["history"]["seconds"])
 
 
-def _resume(path: Path | None, description: str, history: History, **parts: Any) -> int:
+def _resume(path: Path | None, description: tuple[str, str], history: History, **parts: Any) -> int:
     """Take up what an earlier `fit` left; the number of epochs done. A damaged file is set aside and said so."""
     if path is None or not path.exists():
         return 0
@@ -128,8 +128,11 @@ def _resume(path: Path | None, description: str, history: History, **parts: Any)
         aside = set_aside(path).name
         log.warning("checkpoint %s is truncated or corrupt; set aside as %s, training starts over", path, aside)
         return 0
-    if state["description"] != description:
+    text, images = description
+    if state["description"] != text:
         raise ValueError(f"checkpoint {path} is of another run, {state['description']}; delete it or name another file")
+    if state.get("images", images) != images:
+        raise ValueError(f"checkpoint {path} was trained on other images; put these back, or delete it")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     vars(history).update(state["history"])
@@ -137,7 +140,7 @@ def _resume(path: Path | None, description: str, history: History, **parts: Any)
 
 
 def _kept(
-    path: Path | None, description: str, history: History, spare: float, **parts: Any
+    path: Path | None, description: tuple[str, str], history: History, spare: float, **parts: Any
 ) -> tuple[int, Callable[[], AbstractContextManager[None]]]:
     """Epochs that are done, and what to call after each: it saves if that is due, or if its block raises."""
     done, saved = _resume(path, description, history, **parts), time.perf_counter()
@@ -238,7 +241,7 @@ def fit(
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
     if len(train) == 0:
         raise ValueError("train holds no images to learn from")
-    description = f"{objective}, {plan}, seed={seed}, images={len(train)}, {train.digest}"
+    description = f"{objective}, {plan}, seed={seed}, images={len(train)}", train.digest
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
