@@ -205,7 +205,7 @@ def test_workers_that_fail_end_with_code_1(tmp_path: Path, monkeypatch: pytest.M
         ),
         (
             ["--data", "magic"],
-            "unknown data set 'magic'; known: mnist, cifar10, caltech101, imagenet10, digits, shapes, "
+            "unknown data set 'magic'; known: mnist, cifar10, cifar10-jpeg, caltech101, imagenet10, digits, shapes, "
             "or an image folder (folder:PATH)",
         ),
         (
@@ -344,6 +344,7 @@ def test_data_list(tmp_path: Path) -> None:
     assert lines == {
         "mnist": "absent",
         "cifar10": "absent",
+        "cifar10-jpeg": "absent",
         "caltech101": "absent",
         "imagenet10": "absent",
         "digits": "present",
@@ -362,6 +363,6 @@ def test_data_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_data_check(tmp_path: Path) -> None:
     assert call("data", "check", "digits")[0] == "digits is as registered\n"
     assert refused("data", "check", "magic") == (
-        "unknown data set 'magic'; known: mnist, cifar10, caltech101, imagenet10, digits, shapes, folder"
+        "unknown data set 'magic'; known: mnist, cifar10, cifar10-jpeg, caltech101, imagenet10, digits, shapes, folder"
     )
     assert refused("data", "check", "mnist", "--data-root", tmp_path, code=1) == f"MNIST is not under {tmp_path}"
