@@ -49,6 +49,11 @@ def signs(samples: int) -> Tensor:
     return factors
 
 
+def sums_like(x: Tensor) -> Tensor:
+    """Zeros for two sums of maps, of at least single precision."""
+    return x.new_zeros(2, x.numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def missed(result: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """How far the sums of maps ``(B, ...)`` are from the changes of the logits, beyond rounding, and these, ``(B,)``.
 
@@ -104,7 +109,7 @@ def smoothgrad(
 
     There are `samples` copies; the noise has `noise` times the image's own range of values as its standard deviation.
     """
-    sums, deviation = x.new_zeros(2, x.numel()), noise * (x.max() - x.min())
+    sums, deviation = sums_like(x), noise * (x.max() - x.min())
     for factors in signs(samples).to(x).split(rows, 1):
         draws = torch.empty(factors.shape[1], *x.shape[1:])
         for draw in draws:  # one by one, so that they are the same for every number of rows
