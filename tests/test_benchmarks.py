@@ -13,12 +13,14 @@ from sdecor.registers import METHODS
 
 SHORT = {
     "run.py": ("--rounds=1", "--repeat=1", "--batch-size=32"),
+    "attributions.py": ("--rounds=1", "--images=2", "--samples=300", "--size=16"),
     "measures.py": ("--rounds=1", "--images=8", "--maps=10", "--table=20"),
     "gpu.py": ("--device=cpu", "--batch-size=8"),
 }
 EXPECTED = {
     "run.py": [*METHODS, "SaliencyDecor / plain", "public code / SaliencyDecor", "all that a run reports"],
     "gpu.py": ["images_per_second", "SaliencyDecor takes"],
+    "attributions.py": ["rise", "smoothgrad", "integrated_gradients", "kernel_shap", "shapley_sampling"],
     "measures.py": ["pixels", "patches", "relevance_mass", "auroc", "measures of 20 gradient maps of digits"],
 }
 

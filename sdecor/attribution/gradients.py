@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from sdecor.registers import ATTRIBUTIONS, Between
-from sdecor.saliency import logits_and_gradient, logits_of, pixel_score
+from sdecor.saliency import input_gradient, logits_and_gradient, logits_of, pixel_score, quick_slope
 
 attribution = ATTRIBUTIONS.register
 Count = Annotated[int, Between(1)]
@@ -49,6 +49,11 @@ def signs(samples: int) -> Tensor:
     return factors
 
 
+def sums_like(x: Tensor) -> Tensor:
+    """Zeros for two sums of maps, of at least single precision."""
+    return x.new_zeros(2, x.numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def missed(result: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """How far the sums of maps ``(B, ...)`` are from the changes of the logits, beyond rounding, and these, ``(B,)``.
 
@@ -67,6 +72,15 @@ def by_captum(kind: str, model: Module, x: Tensor, y: Tensor, **how: Any) -> Ten
     method = getattr(captum.attr, kind)(model, **how.pop("made", {}))
     result: Tensor = method.attribute(x, target=y, **how)
     return result
+
+
+def slopes(model: Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient, of many images that a method makes of one, which needs no checks any more."""
+    leaf = x.detach().requires_grad_()
+    with quick_slope(model, leaf) as slope:
+        logits = logits_of(model, leaf)
+    with slope():
+        return input_gradient(logits, leaf, y.expand(len(x)))
 
 
 @attribution(label="Gradient", source="arXiv:1312.6034", predicts=True)
@@ -95,13 +109,13 @@ def smoothgrad(
 
     There are `samples` copies; the noise has `noise` times the image's own range of values as its standard deviation.
     """
-    sums, deviation = x.new_zeros(2, x.numel()), noise * (x.max() - x.min())
+    sums, deviation = sums_like(x), noise * (x.max() - x.min())
     for factors in signs(samples).to(x).split(rows, 1):
         draws = torch.empty(factors.shape[1], *x.shape[1:])
         for draw in draws:  # one by one, so that they are the same for every number of rows
             draw.normal_()
         part = x + draws.to(x) * deviation
-        sums += factors @ gradient(model, part, y.expand(len(part)), rows).flatten(1)
+        sums += factors @ slopes(model, part, y).flatten(1)
     noisy(sums[1], sums[0])
     return (sums[0] / samples).view_as(x)
 
@@ -120,7 +134,7 @@ def integrated_gradients(
     nodes, weights = (torch.from_numpy(v / 2).to(x) for v in np.polynomial.legendre.leggauss(steps))
     for places, factors in zip((nodes + 0.5).split(rows), weights.split(rows), strict=True):
         along = torch.addcmul(start, places.view(-1, 1, 1, 1), way)
-        total += factors @ gradient(model, along, y.expand(len(along)), rows).flatten(1)
+        total += factors @ slopes(model, along, y).flatten(1)
     result = total.view_as(x) * way
     with torch.no_grad():
         incomplete(*missed(result, torch.cat([logits_of(model, v) for v in torch.cat([x, start]).split(rows)]), y))
@@ -151,7 +165,7 @@ def guided_ig(
     rank = int(fraction * (gap.shape[1] - 1)) + 1
     here, total = start.clone(), torch.zeros_like(gap)
     for step in range(1, steps + 1):  # each needs the one before: here a batch holds different images
-        slope = gradient(model, here.to(x.dtype).view_as(x), y, rows).flatten(1).double()
+        slope = slopes(model, here.to(x.dtype, copy=True).view_as(x), y).flatten(1).double()
         low = start + gap * max(step / steps - max_dist, 0.0)
         high = start + gap * min(step / steps + max_dist, 1.0)
         wanted = length * (1 - step / steps)  # L1 distance to the image that the step is to leave

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from sdecor.attribution.gradients import Count, Samples, Value, by_captum, noisy, signs
+from sdecor.attribution.gradients import Count, Samples, Value, by_captum, noisy, signs, sums_like
 from sdecor.registers import ATTRIBUTIONS, Between
 from sdecor.saliency import checked_images, logits_of
 
@@ -60,7 +60,7 @@ def rise(
     coarse = (torch.rand(samples, grid, grid) < keep).to(x)
     shift = (torch.rand(samples, 2) * torch.tensor(cells)).long().to(x.device)
     down, across = (_enlarged(grid, *pair).to(x) for pair in zip(cells, sides, strict=True))
-    sums, way, factors = x.new_zeros(2, sides.numel()), x - baseline, signs(samples).to(x)
+    sums, way, factors = sums_like(x[:, 0]), x - baseline, signs(samples).to(x)
     for some, (i, j), factor in zip(coarse.split(rows), shift.T.split(rows, 1), factors.split(rows, 1), strict=True):
         masks = down[i] @ some @ across[j].mT
         with torch.no_grad():

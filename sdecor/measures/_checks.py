@@ -36,11 +36,13 @@ def by_chunks(score: Callable[..., Tensor], chunk: int | None, *rows: Tensor) ->
     None takes about two million values at a time, 40 maps of 224 by 224 pixels. No row is alone if there are others:
     of one row all threads make a sum, which rounds otherwise.
     """
-    size = max(1, 2**21 // max(1, rows[0].shape[1])) if chunk is None else chunk
-    Between(1).check("chunk", size)
-    count = len(rows[0])
-    pieces = zip(*(part.tensor_split(max(1, min(-(-count // size), count // 2))) for part in rows), strict=True)
-    return torch.cat([score(*(p if p.dtype == torch.bool else p.double() for p in piece)) for piece in pieces])
+    count, values = rows[0].shape
+    if chunk is not None:
+        Between(1).check("chunk", chunk)
+    number = -(-count // (chunk or max(1, 2**21 // max(1, values))))
+    pieces = zip(*(part.tensor_split(min(number, count // 2)) for part in rows), strict=True) if number > 1 else [rows]
+    found = [score(*(p if p.dtype == torch.bool else p.double() for p in piece)) for piece in pieces]
+    return torch.cat(found) if number > 1 else found[0]
 
 
 def shares(flat: Tensor) -> Tensor:
