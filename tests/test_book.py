@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 CHAPTERS = [p for p in sorted(BOOK.rglob("*.md")) if p.read_text(encoding="utf-8").startswith("---\njupytext:")]
@@ -202,6 +204,85 @@ def test_parameters_and_their_check_are_folded(source: Path) -> None:
     checked = [c for c in cells if "chapter.parameters(" in c.source]
     assert (len(given), len(checked)) == (1, 1)
     assert all("hide-cell" in c.metadata["tags"] for c in (*given, *checked))
+
+
+def checked(chapter: str, given: dict[str, Any]) -> Any:
+    """The settings that a chapter makes of its parameters, without the rest of it."""
+    jupytext = pytest.importorskip("jupytext", reason="needs the packages of the extra 'book'")
+    cells = [c for c in jupytext.read(BOOK / f"{chapter}.md").cells if c.cell_type == "code"]
+    (declared,) = [c.source for c in cells if "parameters" in c.metadata.get("tags", ())]
+    (check,) = [c.source for c in cells if "chapter.parameters(" in c.source]
+    space: dict[str, Any] = {}
+    exec(compile(declared, chapter, "exec", dont_inherit=True), space)
+    assert given.keys() <= space["__annotations__"].keys()
+    space |= given
+    exec(compile(check, chapter, "exec", dont_inherit=True), space)
+    return space["settings"]
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=short)
+def test_published_parameters_are_all_empty(source: Path) -> None:
+    """So that whatever is given is known to be given."""
+    assert checked(short(source), {}).given == {}
+
+
+@pytest.mark.parametrize(
+    ("chapter", "given", "message"),
+    [
+        ("build/training", {"samples": 63}, "parameter 'samples' must be from 64 to 100000, got 63"),
+        ("build/training", {"samples": 100_001}, "parameter 'samples' must be from 64 to 100000, got 100001"),
+        ("build/training", {"seed": 10**19}, "parameter 'seed' must be from 0 to 999999, got 10000000000000000000"),
+        ("build/measures", {"seeds": 1}, "parameter 'seeds' must be at least 2, got 1"),
+        ("build/measures", {"images": 40}, "parameter 'images' is 64 in what was published; 40 needs retrain=True"),
+        ("build/measures", {"images": 3, "retrain": True}, "parameter 'images' must be from 4 to 8000, got 3"),
+        ("build/measures", {"images": 241, "preset": "quick"}, "parameter 'images' must be from 4 to 240, got 241"),
+        ("experiments/mnist", {"limit": 15}, "parameter 'limit' must be at least 16, got 15"),
+        ("experiments/cifar10", {"limit": 1}, "parameter 'limit' must be at least 16, got 1"),
+    ],
+)
+def test_a_chapter_refuses_what_it_cannot_use(chapter: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        checked(chapter, given)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("chapter", "given"),
+    [
+        ("build/training", {"samples": 64, "epochs": 1, "seed": 999_999}),
+        ("build/training", {"samples": 100_000, "epochs": 10**6}),
+        ("build/measures", {"seeds": 2}),
+        ("build/measures", {"images": 4, "preset": "quick"}),
+        ("build/measures", {"images": 40, "seeds": 2, "retrain": True}),
+        ("experiments/mnist", {"limit": 16, "seeds": 1, "epochs": 1}),
+        ("experiments/cifar10", {"limit": 16, "seeds": 1, "epochs": 1}),
+    ],
+)
+def test_a_chapter_takes_what_it_can_use(chapter: str, given: dict[str, Any]) -> None:
+    settings = checked(chapter, given)
+    assert vars(settings).items() >= given.items()
+
+
+@pytest.mark.slow
+def test_a_chapter_on_pictures_of_ones_own(tmp_path: Path) -> None:
+    """Two classes, four test images, one seed: fewer than it shows of MNIST, and networks that make no mistake."""
+    pytest.importorskip("papermill", reason="needs the packages of the extra 'book'")
+    from sdecor_book import execute
+
+    draw = np.random.default_rng(0)
+    for split, count in {"train": 24, "test": 2}.items():
+        for name, colour in {"dark": 40, "light": 200}.items():
+            (folder := tmp_path / "own" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = colour + draw.integers(-20, 20, (16, 16, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    given = {"preset": "quick", "data": f"folder:{tmp_path / 'own'}", "seeds": "1", "epochs": "1"}
+    done = execute.run("experiments/mnist", given, out=str(tmp_path / "out.ipynb"))
+    cells = json.loads(done.read_text(encoding="utf-8"))["cells"]
+    shown = [data for cell in cells for out in cell.get("outputs", ()) for data in out.get("data", {}).items()]
+    texts = ["".join(text) for kind, text in shown if kind.startswith(("text/", "application/papermill"))]
+    assert not [text for text in texts if re.search(r"\bnan\b", text)]
+    assert sum("This is not the published run" in text for text in texts) == 1
 
 
 @pytest.mark.parametrize("source", [p for p in PAGES if p.name != "notation.md"], ids=short)
