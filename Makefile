@@ -69,9 +69,10 @@ quick: $(READY) ## run every chapter that takes parameters at preset "quick", an
 	    echo "$$1: $$(($$(date +%s) - start)) s"' quick; \
 	code=$$?; echo "All chapters, $(JOBS) at a time: $$(($$(date +%s) - start)) s"; exit $$code
 
-# SHORT=1 takes one round of small batches, to see that both run.
-bench: $(READY) ## measure what a training step and a measure cost
+# SHORT=1 takes one round of small batches, to see that all run.
+bench: $(READY) ## measure what a training step, an attribution and a measure cost
 	$(PY) tests/benchmarks/run.py $(if $(SHORT),--rounds=1 --repeat=1 --batch-size=32)
+	$(PY) tests/benchmarks/attributions.py $(if $(SHORT),--rounds=1 --images=2 --samples=300 --size=16)
 	$(PY) tests/benchmarks/measures.py $(if $(SHORT),--rounds=1 --images=8 --maps=10 --table=20)
 
 clean: ## remove what the targets made, the environment included

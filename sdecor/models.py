@@ -162,7 +162,7 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     if not isinstance(net, nn.Module):
         raise WrongType(f"model {name!r} must return an nn.Module, it returned {type(net).__name__}")
     if foreign(make):
-        _check_logits(name, net, torch.zeros(1, in_channels, image_size, image_size), num_classes)
+        _check_logits(name, net, torch.zeros(2, in_channels, image_size, image_size), num_classes)
     for module in net.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -188,7 +188,7 @@ def _check_parameters(name: str, make: Callable[..., Any], options: dict[str, An
 
 
 def _check_logits(name: str, net: nn.Module, x: Tensor, classes: int) -> None:
-    """One pass, which shows whether a network of one's own fits, and fills its lazy layers."""
+    """One pass of two images, which shows whether a network of one's own fits, and fills its lazy layers."""
     try:
         with torch.no_grad(), frozen_eval(net):
             found = logits_of(net, x, finite=False).shape[1]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sdecor.config import Run
+from sdecor.data import load
 from sdecor.evaluation import CELLS, plays
 from sdecor.images import ImageData
 from sdecor.measures.case import needs
@@ -52,7 +53,7 @@ def check(course: Course, store: Store, root: Root = None, until: float = math.i
     Raises:
         ValueError: If an arm cannot be trained, or a claim is about what its records will not hold: features that its
             networks do not have, masks that the data do not, or a game that the networks do not play.
-        FileNotFoundError: If the data are absent.
+        FileNotFoundError: If the data are absent, or one of the splits that trials and final runs are measured on.
     """
     shapes: dict[Any, dict[str, int]] = {}
     tested: set[Any] = set()
@@ -64,6 +65,8 @@ def check(course: Course, store: Store, root: Root = None, until: float = math.i
                 return
             if run.data not in shapes:
                 shapes[run.data] = _shape(run, store, root)
+                for split in ("val", "test"):
+                    load(run.data.name, root, split, limit=1, **dict(run.data.options))
             kind = run.data, run.model, run.method, *run.objective.terms, *run.objective.settings.items()
             with within(f"arm '{name}'"):
                 if kind not in tested:

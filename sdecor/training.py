@@ -61,6 +61,15 @@ def way(device: torch.device, amp: bool = False, compiled: bool = False) -> str:
     return ", ".join([device.type, *["bfloat16"] * amp, *["compiled"] * compiled])
 
 
+def _now(history: History, *how: Any) -> str:
+    """The `way` of the epochs to come; one that those done were not computed in is said."""
+    now = way(*how)
+    if history.computed and history.computed[-1] != now:
+        done, before = len(history.computed), history.computed[-1]
+        log.warning("%d epochs were computed on %s, those to come are on %s", done, before, now)
+    return now
+
+
 class _Sums:
     """Terms of an epoch, summed in float64 and checked: on a GPU every 50 steps, so that it need not wait."""
 
@@ -168,6 +177,8 @@ def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.dev
     One pass over the first images finds that out. It also shows whether every label has a logit: on a GPU it would be a
     crash, and -100 would be skipped.
     """
+    if len(train) == 0:
+        raise ValueError("train holds no images to learn from")
     x, _ = next(train.subset(torch.arange(min(2, len(train)))).batches(2))
     model, x, problem = model.to(where), x.to(where), ""
     lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
@@ -239,8 +250,6 @@ def fit(
     """
     plan, where = schedule or Schedule(), device_of(device)
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
-    if len(train) == 0:
-        raise ValueError("train holds no images to learn from")
     description = f"{objective}, {plan}, seed={seed}, images={len(train)}", train.digest
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where) if isinstance(train, ImageData) else train
@@ -252,16 +261,16 @@ def fit(
         layout = stack.enter_context(_laid_out(model, data, where))
         optimizer = _optimizer(plan, model, where)
         done, save = _kept(checkpoint, description, history, spare, model=model, optimizer=optimizer)
-        if history.computed and history.computed[-1] != (now := way(where, amp, compiled)):
-            log.warning("%d epochs were computed on %s, those to come are on %s", done, history.computed[-1], now)
+        now = _now(history, where, amp, compiled)
         rate = _rate(optimizer, where)
         layers = layers_of(model, objective, next(data.subset(torch.arange(1)).batches(1))[0].to(where))
         features = stack.enter_context(capture(model, layers))
         forward = stack.enter_context(_compiled(model)) if compiled else model
         bar = stack.enter_context(_bar(done * steps, plan.epochs * steps, progress))
         order, noise = torch.Generator(where), torch.Generator(where)
-        seen: dict[str, Any] = {"features": features, "layers": layers, "generator": noise}
-        step = _stepper(forward, objective, optimizer, plan.clip, amp=amp, **seen)
+        step = _stepper(
+            forward, objective, optimizer, plan.clip, amp, features=features, layers=layers, generator=noise
+        )
         train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
@@ -277,7 +286,7 @@ def fit(
             if validation is not None:
                 history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
             history.seconds.append(time.perf_counter() - started)
-            history.computed.append(way(where, amp, compiled))
+            history.computed.append(now)
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
             with save():
                 if after_epoch is not None:
@@ -290,7 +299,6 @@ def _stepper(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     clip: float | None,
-    *,
     amp: bool,
     **seen: Any,
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:

@@ -267,9 +267,18 @@ def dataset_has_the_size_and_number_asked_for(entry: Dataset, **options: Any) ->
     keeps(entry, x.shape[2:] == (size, size) and x.isfinite().all() and len(y) == 4, "batches are fit to use")
 
 
+def made(entry: Entry, channels: int, classes: int, size: int, **options: Any) -> nn.Module:
+    """The network, of which `build` has tried the logits."""
+    try:
+        return build(entry.name, channels, classes, size, **options)
+    except ValueError as error:
+        keeps(entry, False, f"it gives finite logits (B, K): {error}")
+        raise
+
+
 @promise("model")
 def model_gives_logits_of_each_image_alone(entry: Entry, size: int = 32, **options: Any) -> None:
-    net, x = build(entry.name, 3, 5, size, **options), torch.rand(3, 3, size, size)
+    net, x = made(entry, 3, 5, size, **options), torch.rand(3, 3, size, size)
     keeps(entry, net.training and not any(getattr(m, "inplace", False) for m in net.modules()), "it is ready to train")
     with unchanged(entry, x, model=net):
         logits, gradient = logits_and_gradient(net, x)
@@ -284,7 +293,7 @@ def model_is_decided_by_the_seed(entry: Entry, size: int = 32, **options: Any) -
     weights = []
     for number in (3, 3, 4):
         torch.manual_seed(number)
-        net = build(entry.name, 1, 4, size, **options)
+        net = made(entry, 1, 4, size, **options)
         weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     same(entry, weights[0], weights[1], "the seed decides the weights")
     keeps(entry, not torch.equal(weights[0], weights[2]), "another seed draws others")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from plans import SHAPE, TINY, course, write
 from stores import files
 
@@ -49,6 +50,17 @@ def test_what_only_networks_and_data_show(tmp_path: Path, tables: dict[str, Any]
     assert str(error.value).startswith(message)
     assert torch.get_num_threads() == threads
     assert files(Store(tmp_path)) == []
+
+
+def test_what_final_runs_are_measured_on_is_looked_for_before_the_trials(tmp_path: Path) -> None:
+    for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "val/a/1", "val/b/1"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), int(name[-1]) * 60).save(path)
+    shared = {**TINY["shared"], "data": f"folder:{tmp_path / 'pets'}"}
+    one = course(doses={}, shared={name: value for name, value in shared.items() if name != "data_options"})
+    with pytest.raises(FileNotFoundError, match="no test split"):
+        check(one, Store(tmp_path / "store"))
 
 
 def test_a_check_ends_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from sdecor.data import load
 from sdecor.evaluation import measure
 from sdecor.images import ImageData
 from sdecor.models import build
-from sdecor.objective import losses
+from sdecor.objective import layers_of, losses
 from sdecor.registers import METHODS
 
 Step = Callable[[], None]
@@ -45,13 +46,14 @@ def ours(name: str, data: ImageData, objective: Objective) -> Step:
     """A step as `sdecor.training.fit` takes it."""
     model, optimizer = fresh(name, data)
     parameters = list(model.parameters())
-    generator = torch.Generator().manual_seed(0)
+    layers = layers_of(model, objective, data.normalized(slice(1)))
+    seen: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "layers": layers}
 
     def step() -> None:
         x, y = batch(data)
         x = x.to(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
-        losses(model, x, y, objective, generator=generator)["total"].backward(inputs=parameters)
+        losses(model, x, y, objective, **seen)["total"].backward(inputs=parameters)
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
 
