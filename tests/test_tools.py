@@ -262,7 +262,8 @@ def test_a_planned_chapter_trains_where_it_may(
     [
         (
             {"train": 3},
-            "image folder {} has no test split; put images in {}/test/CLASS, or use the split 'val' (of a run: evaluate_on='val')",
+            "image folder {} has no test split; put images in {}/test/CLASS, or use the split 'val' "
+            "(of a run: evaluate_on='val')",
         ),
         ({"train": 3, "test": 1}, "the test images of folder:{} are of 1 class, and this chapter needs 2"),
     ],
