@@ -152,7 +152,7 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     for argument, value in (("in_channels", in_channels), ("num_classes", num_classes), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be a positive whole number, got {value!r}")
-    make, checked = (factory(name), options) if ":" in name else (MODELS[name].function, MODELS[name].checked(options))
+    make, checked = (_factory(name), options) if ":" in name else (MODELS[name].function, MODELS[name].checked(options))
     if image_size < (smallest := _SMALLEST.get(name, 1)):
         raise ValueError(f"{image_size=} is too small for {name}, which needs at least {smallest}")
     if foreign(make):
@@ -305,7 +305,7 @@ def channels_first(z: Tensor, module: nn.Module, images: Tensor) -> Tensor:
     return z.movedim(-1, 1) if type(module) in (nn.Linear, nn.LayerNorm) or (last and not first) else z
 
 
-def factory(name: str) -> Callable[..., Any]:
+def _factory(name: str) -> Callable[..., Any]:
     """The callable that ``package.module:factory`` names; a ValueError, or WrongType, if there is none."""
     module_name, _, attribute = name.partition(":")
     if not attribute or not all(part.isidentifier() for part in module_name.split(".")):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdecor.attribution import gradients, modules, perturbation  # noqa: F401 - they fill the register
+from sdecor.models import uncompiled
 from sdecor.registers import ATTRIBUTIONS
 from sdecor.saliency import checked_images, classes_of, frozen_eval, logits_of
 
@@ -68,7 +69,7 @@ def attribute(
     with torch.inference_mode(False):
         target = checked_images(x, target)
     options = _for_images(entry.checked(options), x)
-    model = getattr(model, "_orig_mod", model)  # hooks need the modules of a compiled model
+    model = uncompiled(model)  # whose modules can be hooked
     images = 1 if (entry.slow if entry.single is None else entry.single) else batch_size
     hidden = (None if entry.slow else True) if progress is None else not progress
     parts = []
