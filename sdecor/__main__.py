@@ -341,10 +341,19 @@ def measure(store: str, data_root: str, data: str, device: str) -> None:
     todo = [run for run in runs if shelf.path("weights", run, ".safetensors").exists()]
     if not todo:
         raise ValueError(f"no weights{f' of {data}' if data else ''} in {shelf.root}; name another folder with --store")
+    failed = 0
     for run in todo:
-        measure_again(run, shelf, root=data_root or None, device=device)
-        click.echo(f"{run.method} on {run.data.name}, seed {run.seed}: {run.key}")
-    click.echo(f"{len(todo)} runs measured, {len(runs) - len(todo)} without weights left as they were")
+        try:
+            measure_again(run, shelf, root=data_root or None, device=device)
+        except (ValueError, OSError) as error:  # the others can be measured all the same
+            click.echo(f"error: {error}", err=True)
+            failed += 1
+        else:
+            click.echo(f"{run.method} on {run.data.name}, seed {run.seed}: {run.key}")
+    rest = f"{len(runs) - len(todo)} without weights left as they were"
+    click.echo(f"{len(todo) - failed} runs measured, {f'{failed} could not be, ' * bool(failed)}{rest}")
+    if failed:
+        raise click.exceptions.Exit(1)
 
 
 @app.command()

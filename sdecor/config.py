@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
-from sdecor._code import check_loaded, code, file_of_module, foreign
+from sdecor._code import HOUSE, check_loaded, code, foreign
 from sdecor._files import files_below
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
@@ -151,6 +152,11 @@ class Data:
             OneOf((*registers.ATTRIBUTIONS, "random")).check("removed_by", self.removed_by)
         if not self.removed and self.removed_by != "gradient":
             raise ValueError(f"removed_by='{self.removed_by}' has no effect without removed")
+
+    @property
+    def entry(self) -> str:
+        """Its name in the register of data sets."""
+        return "folder" if self.path else self.name
 
     @property
     def path(self) -> Path | None:
@@ -353,18 +359,20 @@ class Run:
         """What `code` would be if the run were described now; empty where it depends on this package alone."""
         own, known = self.objective.settings, registers
         method, terms = known.METHODS[self.method], [known.TERMS[term] for term in self.objective.terms]
-        entries = [known.DATASETS["folder" if self.data.path else self.data.name], *terms]
+        entries = [known.DATASETS[self.data.entry], *terms]
         named = [(known.MODELS, self.model.name), (known.ATTRIBUTIONS, self.data.removed_by)]
         for option in (option for term in terms for option in term.options.values()):
             named += [(limit.known, own[option.name]) for limit in option.limits if isinstance(limit, OneOf)]
         entries += [of[name] for of, name in named if isinstance(of, known.Register) and name in of]
         used = [entry.function for entry in entries] + ([method.network] if method.network else [])
-        modules = [self.model.name.partition(":")[0]] if ":" in self.model.name else []
+        module, _, factory = self.model.name.partition(":")
+        if factory and hasattr(made := getattr(sys.modules.get(module), factory, None), "__module__"):
+            used.append(made)  # of a notebook there is no file
+        modules = [module] if factory and module.partition(".")[0] not in HOUSE else []
         modules += [method.function.__module__] if foreign(method.function) else []  # its weights, say
-        files = [file for name in modules if (file := file_of_module(name))]
         for function in (mine := [function for function in used if foreign(function)]):
             check_loaded(function)
-        return code(mine, files)
+        return code(mine, modules)
 
     def _values(self) -> dict[str, Any]:
         return {n: getattr(getattr(self, part) if part else self, f.name) for n, (part, f) in _flat().items()}

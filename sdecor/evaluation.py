@@ -236,13 +236,18 @@ def tabulate(
     return done[done["attribution"].isin([*names, *CONTROLS])].reset_index(drop=True)
 
 
+def own_measures() -> str:
+    """Hash of the code of the measures of one's own, empty if there are none."""
+    return code(entry.function for entry in MEASURES.values() if foreign(entry.function))
+
+
 def stamp(attribution: str, record: Record | None) -> str:
     """Eight digits of what decides the rows of an attribution in a table: weights, draws, measures, code of one's own.
 
     The code of this package is not among it: `tabulate` again into an empty folder after a change of that.
     """
-    used = [MEASURES[name] for name in MEASURES] + ([ATTRIBUTIONS[attribution]] if attribution in ATTRIBUTIONS else [])
-    own = code(entry.function for entry in used if foreign(entry.function))
+    function = ATTRIBUTIONS[attribution].function if attribution in ATTRIBUTIONS else stamp
+    own = own_measures(), code(filter(foreign, [function]))
     decides = record and record.weights_sha256, SAMPLES, sorted(MEASURES), own
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
 
@@ -302,13 +307,17 @@ def _maps(name: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor
 
 
 def held_out_of(
-    run: Run, store: Store, root: str | os.PathLike[str] | None = None, device: str = "cpu"
+    run: Run, store: Store, root: str | os.PathLike[str] | None = None, device: str = "cpu", split: str = ""
 ) -> ImageData | ImageStream:
-    """The held-out images of a run; ValueError if they are not those that its record was made of."""
-    data, record = data_of(run, store, run.evaluate_on, root=root, device=device), store.record(run)
+    """The held-out images of a run, or another split; ValueError if they are not those that its record was made of."""
+    split = split or run.evaluate_on
+    data, record = data_of(run, store, split, root=root, device=device), store.record(run)
     known = {} if record is None else record.environment.get("images", {})
-    if known.get(run.evaluate_on, data.digest) != data.digest:
-        raise ValueError(f"the images of {run.data.name} have changed since run {run.key} was measured; put those back")
+    if known.get(split, data.digest) != data.digest:
+        raise ValueError(
+            f"the {split} images of {run.data.name} are others than those of run {run.key} in {store.root}; "
+            "put those back, or remove its record"
+        )
     return data
 
 
@@ -326,7 +335,7 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
         how: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
         metrics, curves = measure(model, data, layers=layers, device=where, **how)
         losses = {name: values for name, values in record.curves.items() if name.startswith("loss_")}
-        known = {**record.environment, "measured": environment(where)}
+        known = {**record.environment, "measured": environment(where), "own_measures": own_measures()}
         record = replace(record, metrics=metrics, curves={**losses, **curves}, environment=known)
         store.write(record, exhibit=exhibit(model, data, device=where) if run.thorough else None)
     return record

@@ -14,9 +14,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from sdecor import registers
+from sdecor._code import foreign
 from sdecor._files import locked
 from sdecor.config import Run
-from sdecor.evaluation import exhibit, measure
+from sdecor.evaluation import exhibit, held_out_of, measure, own_measures
 from sdecor.prepare import data_of, without_removal
 from sdecor.store import SHAPE, Record, Store, environment, network
 from sdecor.training import History, device_of, fit, way
@@ -49,6 +51,9 @@ def execute(
     if (record := store.record(run)) is not None and say:
         otherwise([record], store, device, amp, compiled)
     if record is not None and not any(checkpoint.parent.glob(f"{run.key}.*")):
+        if foreign(registers.DATASETS[run.data.entry].function):  # whose files nobody knows
+            for split in ("train", run.evaluate_on):
+                held_out_of(run, store, root, device, split)
         return record
     with locked(checkpoint.with_suffix(".lock"), wait=wait) as mine:
         if not mine:
@@ -64,11 +69,16 @@ def otherwise(
     records: Iterable[Record], store: Store, device: str = "cpu", amp: bool = False, compiled: bool = False
 ) -> None:
     """Warn of records that were computed in another way than is asked for now, a line for each way."""
+    records = list(records)
     wanted = way(torch.device("cuda") if device.startswith("cuda") else device_of(device), amp, compiled)
     found = Counter(" and ".join(r.ways) for r in records if r.ways and r.ways != [wanted])
     for had, count in found.items():
         what = f"{count} records in {store.root} were" if count > 1 else f"the record in {store.root} was"
         log.warning("%s computed on %s, not on %s as is asked for now; delete to compute anew", what, had, wanted)
+    now = own_measures()
+    if stale := [r.run.key for r in records if now and r.environment.get("own_measures", "") != now]:
+        what = f"{len(stale)} records, such as {stale[0]}, were"
+        log.warning("%s measured without your own measures as they are now; `sdecor measure` does it again", what)
 
 
 def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any]) -> Record:
@@ -92,6 +102,7 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     ways = list(dict.fromkeys(history.computed))
     images = {} if run.data.removed else {"train": train.digest, run.evaluate_on: held_out.digest}
     circumstances = {**environment(where), "data": train.name, "images": images, "ways": ways}
+    circumstances |= {"own_measures": own} if (own := own_measures()) else {}
     circumstances |= {name: any(said in one for one in ways) for name, said in SAID.items()}
     took = {"training_seconds": sum(history.seconds), "session_seconds": time.perf_counter() - started}
     seconds = {name: round(value, 1) for name, value in took.items()}

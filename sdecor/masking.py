@@ -17,10 +17,12 @@ fill = FILLS.register
 
 
 def require_tensors(**values: object) -> None:
-    """Say which of the values, by their names, is no tensor, if one is not."""
+    """Say which of the values, by their names, is no tensor of real numbers, if one is not."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
+        if value.is_complex():
+            raise ValueError(f"{name} must be real, got {value.dtype}")
 
 
 def lowest(score: Tensor, fraction: float) -> Tensor:
@@ -100,6 +102,8 @@ def blur(x: Tensor) -> Tensor:
 def masked(x: Tensor, mask: Tensor, filling: Tensor) -> Tensor:
     """Images with `filling`, a tensor of their shape as from `replacement`, where `mask` is True."""
     require_tensors(x=x, mask=mask, filling=filling)
+    if mask.shape != (x.shape[0], *x.shape[2:]):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, these images need {(x.shape[0], *x.shape[2:])}")
     kinds = {(t.device.type, t.dtype, t.requires_grad) for t in (x, filling)}
     if kinds == {("cpu", torch.float32, False)}:  # torch.where branches at every pixel, and guesses half of them wrong
         new, old = filling.view(torch.int32), x.view(torch.int32)

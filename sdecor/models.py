@@ -223,6 +223,7 @@ def default_layers(model: nn.Module, images: Tensor, *, place: str = "before") -
       one) is none.
     - The linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
       them; otherwise the last 2-D pooling to one position after that convolution (`avgpool` of a residual network).
+    - Gates and side heads of linear layers, used late, may be taken for one of these: pass the layers by name then.
     - Behind the nonlinearity is the next activation beside the layer, if it acts once, else the block that the layer is
       in; a pooling stays.
 
@@ -288,21 +289,26 @@ def _last(modules: Sequence[nn.Module], kind: Any, wanted: Callable[[Any], bool]
     return max((i for i, module in enumerate(modules) if isinstance(module, kind) and wanted(module)), default=-1)
 
 
-_FIRST = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_FIRST: tuple[type[nn.Module], ...] = (
+    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LocalResponseNorm),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d, nn.PixelShuffle),
+)
 
 
 def channels_first(z: Tensor, module: nn.Module, images: Tensor) -> Tensor:
     """Features that a module gives for `images` (B, C, H, W), as (B, C, h, w) where it puts the channels last.
 
-    A linear layer and a layer norm act on the last dimension, a convolution has its channels in the second. What other
-    modules do is read from the shape: the one of (h, w) that has the proportions of the images. Where both have, the
-    channels count as first. Features with another number of dimensions come back as they are.
+    A linear layer, and a layer norm over one dimension, act on the last; a convolution has its channels in the second,
+    and so has what goes with convolutions. What other modules do is read from the shape: the one of (h, w) that has the
+    proportions of the images. Where both have, the channels count as first; where a convolution strides unevenly, name
+    the convolution itself. Features with another number of dimensions come back as they are.
     """
     if z.ndim != 4 or isinstance(module, _FIRST):
         return z
     tall, wide = images.shape[2:]
     first, last = (z.shape[i] * wide == z.shape[i + 1] * tall for i in (2, 1))
-    return z.movedim(-1, 1) if type(module) in (nn.Linear, nn.LayerNorm) or (last and not first) else z
+    over_channels = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+    return z.movedim(-1, 1) if type(module) is nn.Linear or over_channels or (last and not first) else z
 
 
 def _factory(name: str) -> Callable[..., Any]:
@@ -319,6 +325,8 @@ def _factory(name: str) -> Callable[..., Any]:
         raise ValueError(f"model {name!r}: no module {module_name!r}; install it or put it on PYTHONPATH") from None
     if found is None:
         raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}")
+    if isinstance(found, nn.Module):
+        raise WrongType(f"model {name!r} must name what makes a network, it names a {type(found).__name__} itself")
     if not callable(found):
         raise WrongType(f"model {name!r} must name a callable, it names a {type(found).__name__}")
     return found  # type: ignore[no-any-return]

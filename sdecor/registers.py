@@ -159,7 +159,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     try:
         owner = function.__init__ if inspect.isclass(function) else function
         hints = typing.get_type_hints(owner, include_extras=True)
-    except NameError:  # names that only a type checker imports
+    except (NameError, TypeError):  # names that only a type checker imports; an object that can be called
         hints = {}
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     guesses = {p.name: Any if p.default in (None, p.empty) else type(p.default) for p in own}

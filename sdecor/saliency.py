@@ -21,11 +21,14 @@ from sdecor.first_convolution import FirstConvolution
 from sdecor.registers import SCORES
 
 score = SCORES.register
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  #: Types of class indices.
 
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode, parameters asking for no gradient, nothing done in place; restore it all afterwards."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules: list[Any] = list(model.modules())
     modes: list[tuple[Any, str, bool]] = [(m, "training", m.training) for m in modules]
     flags: list[tuple[Any, str, bool]] = [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
@@ -51,9 +54,17 @@ def input_gradient(
     `retain_graph` keeps the graph, so that a loss of the same forward pass can still be differentiated; `create_graph`
     keeps it too, and makes the gradient itself differentiable, which is a constant otherwise.
     """
-    chosen = logits.gather(1, target.unsqueeze(1)).sum()
+    how: dict[str, Any] = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
+    chosen = differentiable(logits).gather(1, target.unsqueeze(1)).sum()
     with torch.autocast(x.device.type, enabled=False):  # else float32 parts of the graph go backward in half precision
-        return torch.autograd.grad(chosen, x, retain_graph=retain_graph or create_graph, create_graph=create_graph)[0]
+        return torch.autograd.grad(chosen, x, **how)[0]
+
+
+def differentiable(logits: Tensor) -> Tensor:
+    """The logits, if they have a graph; a ValueError if the model cut it."""
+    if not logits.requires_grad:
+        raise ValueError("the logits of this model cannot be differentiated: it detaches something on the way to them")
+    return logits
 
 
 @score
@@ -121,7 +132,7 @@ def checked_images(x: Tensor, target: Any = None) -> Tensor | None:
         classes = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"target must be class indices, integers of shape ({len(x)},); got {target!r}") from None
-    if classes.dtype == torch.bool or classes.is_floating_point() or classes.shape not in (x.shape[:1], ()):
+    if classes.dtype not in WHOLE or classes.shape not in (x.shape[:1], ()):
         got = f"{classes.dtype} of shape {tuple(classes.shape)}"
         raise ValueError(f"target must be class indices, integers of shape ({len(x)},); got {got}")
     return classes.to(x.device, torch.int64, copy=True).expand(len(x))

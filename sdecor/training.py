@@ -104,12 +104,12 @@ class _Sums:
             curves[name].append(value)
 
 
-def _save(path: Path | None, description: tuple[str, str], history: History, **parts: Any) -> None:
+def _save(path: Path | None, about: tuple[str, dict[str, str]], history: History, **parts: Any) -> None:
     """Write a checkpoint: SHA-256 of what follows (torch checks none of its own), then what ``torch.save`` makes."""
     if path is None:
         return
     buffer, state = io.BytesIO(), {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"description": description[0], "images": description[1], "history": vars(history), **state}, buffer)
+    torch.save({"description": about[0], "of": about[1], "history": vars(history), **state}, buffer)
     content = buffer.getvalue()
     replace_atomically(path, lambda f: f.write(hashlib.sha256(content).digest() + content))
 
@@ -129,7 +129,7 @@ def epochs_done(checkpoint: Path) -> int:
     return 0 if state is None else len(state["history"]["seconds"])
 
 
-def _resume(path: Path | None, description: tuple[str, str], history: History, **parts: Any) -> int:
+def _resume(path: Path | None, about: tuple[str, dict[str, str]], history: History, **parts: Any) -> int:
     """Take up what an earlier `fit` left; the number of epochs done. A damaged file is set aside and said so."""
     if path is None or not path.exists():
         return 0
@@ -137,11 +137,11 @@ def _resume(path: Path | None, description: tuple[str, str], history: History, *
         aside = set_aside(path).name
         log.warning("checkpoint %s is truncated or corrupt; set aside as %s, training starts over", path, aside)
         return 0
-    text, images = description
-    if state["description"] != text:
+    if state["description"] != about[0]:
         raise ValueError(f"checkpoint {path} is of another run, {state['description']}; delete it or name another file")
-    if state.get("images", images) != images:
-        raise ValueError(f"checkpoint {path} was trained on other images; put these back, or delete it")
+    for what, digest in about[1].items():
+        if state.get("of", about[1])[what] != digest:
+            raise ValueError(f"checkpoint {path} is of other {what}; put those back, or delete it")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     vars(history).update(state["history"])
@@ -149,22 +149,22 @@ def _resume(path: Path | None, description: tuple[str, str], history: History, *
 
 
 def _kept(
-    path: Path | None, description: tuple[str, str], history: History, spare: float, **parts: Any
+    path: Path | None, about: tuple[str, dict[str, str]], history: History, spare: float, **parts: Any
 ) -> tuple[int, Callable[[], AbstractContextManager[None]]]:
     """Epochs that are done, and what to call after each: it saves if that is due, or if its block raises."""
-    done, saved = _resume(path, description, history, **parts), time.perf_counter()
+    done, saved = _resume(path, about, history, **parts), time.perf_counter()
 
     @contextmanager
     def save() -> Iterator[None]:
         nonlocal saved
         if due := time.perf_counter() - saved >= spare:
-            _save(path, description, history, **parts)
+            _save(path, about, history, **parts)
             saved = time.perf_counter()
         try:
             yield
         except BaseException:
             if not due:
-                _save(path, description, history, **parts)
+                _save(path, about, history, **parts)
             raise
 
     return done, save
@@ -182,7 +182,8 @@ def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.dev
     x, _ = next(train.subset(torch.arange(min(2, len(train)))).batches(2))
     model, x, problem = model.to(where), x.to(where), ""
     lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
-    strided = [p for p in model.parameters() if nn.parameter.is_lazy(p) or p.is_contiguous()]
+    held = [*model.named_parameters(), *model.named_buffers()]
+    strided = {name for name, tensor in held if nn.parameter.is_lazy(tensor) or tensor.is_contiguous()}
     for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
         try:
             with torch.no_grad(), frozen_eval(model):
@@ -201,8 +202,9 @@ def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.dev
     try:
         yield layout
     finally:
-        for p in strided:
-            p.data = p.data.contiguous()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # of buffers other ones than before
+            if name in strided:
+                tensor.data = tensor.data.contiguous()
 
 
 def fit(
@@ -250,7 +252,7 @@ def fit(
     """
     plan, where = schedule or Schedule(), device_of(device)
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
-    description = f"{objective}, {plan}, seed={seed}, images={len(train)}", train.digest
+    description = f"{objective}, {plan}, seed={seed}, images={len(train)}"
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
@@ -260,7 +262,8 @@ def fit(
         torch.manual_seed(seed)  # of layers that are made when they see the first images
         layout = stack.enter_context(_laid_out(model, data, where))
         optimizer = _optimizer(plan, model, where)
-        done, save = _kept(checkpoint, description, history, spare, model=model, optimizer=optimizer)
+        of = {"images": train.digest, "networks": hashlib.sha256(repr(model).encode()).hexdigest()[:16]}
+        done, save = _kept(checkpoint, (description, of), history, spare, model=model, optimizer=optimizer)
         now = _now(history, where, amp, compiled)
         rate = _rate(optimizer, where)
         layers = layers_of(model, objective, next(data.subset(torch.arange(1)).batches(1))[0].to(where))

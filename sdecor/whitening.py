@@ -143,11 +143,12 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) 
     least of a float32 covariance is added to `eps`, and to a float64 one no less than its trace times 1e-14.
     """
     OneOf(METHODS).check("whitening method", method)
-    s = cov.double()
+    identity = torch.eye(cov.shape[-1], dtype=torch.float64, device=cov.device)
+    broken = ~cov.detach().isfinite().all(-1).all(-1)[..., None, None]  # no decomposition takes them: they become NaN
+    s = torch.where(broken, identity, cov.double())
     ridge = (64 * torch.finfo(s.dtype).eps * s.detach().diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(eps)
     if cov.dtype != s.dtype:
         ridge = torch.maximum(ridge, eps - torch.linalg.eigvalsh(s.detach())[..., 0])
-    identity = torch.eye(cov.shape[-1], dtype=s.dtype, device=cov.device)
     s = s + ridge[..., None, None] * identity
     if method == "zca":  # on a GPU an eigendecomposition, as exact, would have to be waited for
         w = newton_schulz(s, iterations=50, tolerance=0) if s.is_cuda else inverse_sqrt(s)
@@ -158,7 +159,7 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) 
         w = (u / eigenvalues.sqrt().unsqueeze(-2)).mT
     else:
         w = torch.linalg.solve_triangular(torch.linalg.cholesky(s), identity.expand_as(s), upper=False)
-    return w.to(cov.dtype)
+    return w.masked_fill(broken, torch.nan).to(cov.dtype)
 
 
 def whitened(x: Tensor, *, method: Method = "zca", eps: float = 1e-5) -> Tensor:

@@ -213,10 +213,33 @@ def test_a_target_may_be_a_number_a_list_or_an_array(target: Any) -> None:
     assert torch.equal(logits_and_gradient(Net(), X, target)[1], expected)
 
 
-@pytest.mark.parametrize("target", ["cat", [0.5] * COUNT, [[1]] * COUNT, [0, 1], {"a": 1}, [None] * COUNT, True])
+@pytest.mark.parametrize(
+    "target", ["cat", [0.5] * COUNT, [[1]] * COUNT, [0, 1], {"a": 1}, [None] * COUNT, True, [1j] * COUNT]
+)
 def test_other_targets_are_refused_by_name(target: Any) -> None:
     with pytest.raises(ValueError, match="^target must be class indices, integers of shape .*; got "):
         attribute(Net(), X, target)
+
+
+@pytest.mark.parametrize("method", ["gradient", "smoothgrad", "gradcam", "guided_backprop", "deeplift", "guided_ig"])
+def test_a_model_that_cuts_the_graph_is_refused_in_plain_words(method: str) -> None:
+    class Cut(Net):
+        def forward(self, x: Tensor) -> Any:
+            with torch.no_grad():
+                return super().forward(x)
+
+    said = "^the logits of this model cannot be differentiated: it detaches something on the way to them$"
+    with pytest.raises(ValueError, match=said):
+        attribute(Cut(), X, Y, method, **FEW.get(method, {}))
+    with pytest.raises(ValueError, match=said):
+        losses(Cut(), X, Y, Objective("consistency-absolute"))
+
+
+@pytest.mark.parametrize("model", [None, lambda x: x, "lenet"])
+def test_a_model_is_a_module(model: Any) -> None:
+    for door in (logits_and_gradient, attribute):
+        with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got "):
+            door(model, X)
 
 
 @pytest.mark.parametrize("x", [X.numpy(), X.tolist(), None])
@@ -299,6 +322,7 @@ def nothing(c, k, side): return None
 def two(c, k): return nn.Linear(c, k)
 def lazy(c, k, side): return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(k))
 number = 3
+obj = nn.Linear(2, 2)
 """
 
 
@@ -310,6 +334,7 @@ def test_factories_that_will_not_do(tmp_path: Any, monkeypatch: pytest.MonkeyPat
         "deaf": r"model 'makers:deaf' does not do for images of shape \(1, 8, 8\): .*to have 3 channels, but got 1 .*",
         "nothing": "model 'makers:nothing' must return an nn.Module, it returned NoneType",
         "two": r"model 'makers:two' must take \(in_channels, num_classes, image_size\), it takes \(c, k\): .*",
+        "obj": "model 'makers:obj' must name what makes a network, it names a Linear itself",
         "number": "model 'makers:number' must name a callable, it names a int",
         "absent": "model 'makers:absent': module 'makers' has no 'absent'",
     }

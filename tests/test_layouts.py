@@ -158,6 +158,9 @@ def test_gradcam_lights_the_corner_that_counts_with_channels_last() -> None:
         (nn.Linear(3, 6), (2, 6, 6, 6), (8, 8), True),
         (nn.LayerNorm(6), (2, 6, 6, 6), (8, 8), True),
         (nn.Conv2d(3, 6, 1), (2, 6, 6, 6), (8, 8), False),
+        (nn.LayerNorm([16, 8, 8]), (2, 16, 8, 8), (8, 8), False),  # it is not over the channels alone
+        (nn.GroupNorm(2, 8), (2, 8, 8, 4), (8, 8), False),
+        (nn.ConvTranspose2d(3, 8, 1), (2, 8, 8, 4), (8, 8), False),
         (nn.Conv2d(3, 6, (1, 3)), (2, 6, 6, 4), (8, 8), False),  # two sides alike, by chance
         (nn.Identity(), (2, 5, 7, 9), (8, 8), False),
         (nn.Identity(), (2, 9, 5), (8, 8), False),
@@ -231,3 +234,17 @@ def test_the_layout_comes_back_after_an_interruption() -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(model, images(), Objective("standard"), Schedule(epochs=2), progress=False, after_epoch=stop)
     assert [p.stride() for p in model.parameters()] == strides
+
+
+def test_buffers_have_their_layout_back_too() -> None:
+    class Buffered(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("filters", torch.randn(8, 3, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * self.filters.sum()
+
+    model = Buffered()
+    fit(model, images(), Objective("standard"), Schedule(epochs=1), progress=False)
+    assert model.filters.view(8, -1).shape == (8, 27)

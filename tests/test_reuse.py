@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from sdecor.config import Run
 from sdecor.data import load
@@ -22,7 +23,7 @@ from sdecor.experiment import execute, grid
 from sdecor.measures.case import MEASURES, measure, table
 from sdecor.registers import ATTRIBUTIONS, METHODS, PENALTIES, use
 from sdecor.store import Store
-from sdecor.training import History
+from sdecor.training import History, Objective, Schedule, fit
 
 SMALL: dict[str, Any] = {"data": "digits", "evaluate_on": "val", "limit": 96, "epochs": 2, "batch_size": 48}
 
@@ -102,7 +103,7 @@ def test_on_the_command_line(pictures: Path, tmp_path: Path) -> None:
     assert key(sdecor(*common, "--data", f"folder:{pictures}/", cwd=tmp_path)) == first
     assert key(sdecor(*common, "--data", "folder:./pets", cwd=other.parent)) != first
     measured = sdecor("measure", "--store", tmp_path / "store", cwd=other.parent)
-    assert measured.returncode == 2 and "has changed: its fingerprint is" in measured.stderr
+    assert measured.returncode == 1 and "has changed: its fingerprint is" in measured.stderr
     swap(pictures / "train/cat", pictures / "train/dog")
     assert key(sdecor(*common, "--data", "folder:./pets", cwd=pictures.parent)) != first
 
@@ -151,7 +152,8 @@ def test_an_edited_factory_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FACTORY.format(extra="", act="Tanh"))
     assert key(sdecor(*common, cwd=tmp_path)) != first
     told = sdecor("measure", "--store", tmp_path / "store", cwd=tmp_path)
-    assert told.returncode == 2 and "was described for other files of your own than those of now" in told.stderr
+    assert told.returncode == 1 and "was described for other files of your own than those of now" in told.stderr
+    assert "1 runs measured, 1 could not be, " in told.stdout  # the other one was
     (tmp_path / "mine.py").write_bytes(NET.replace("\n", "\r\n").encode())  # as git may leave it on another system
     assert key(sdecor(*common, cwd=tmp_path)) == first
 
@@ -191,6 +193,121 @@ def test_what_a_factory_imports_of_its_neighbours_counts_and_nothing_else(packag
         (package / name).write_text("# another line\n")
     assert Run.of(model="outer.net:make") == first == Run.from_dict(first.to_dict())
     assert first.but(model="lenet").code == ""
+
+
+WRITTEN = {
+    "decorated": "@SCORES.register\n@torch.no_grad()\ndef own(gradient):\n    return gradient.sum(1) * FACTOR\n",
+    "cached": "@SCORES.register\n@functools.lru_cache\ndef own(gradient):\n    return gradient.sum(1) * FACTOR\n",
+    "object": "class Own:\n    def __call__(self, gradient):\n        return gradient.sum(1) * FACTOR\n"
+    "SCORES.register('own')(Own())\n",
+    "partial": "def f(gradient, by):\n    return gradient.sum(1) * by\n"
+    "SCORES.register('own')(functools.partial(f, by=FACTOR))\n",
+}
+METHOD = """
+from sdecor.registers import METHODS, Method
+
+METHODS['mine'] = Method({'classification': 1, 'consistency': 1}, settings={'score': 'own'})
+"""
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_however_a_function_is_written_its_file_counts(tmp_path: Path, written: str) -> None:
+    keys, path = set(), tmp_path / "score.py"
+    (tmp_path / "mine.py").write_text(METHOD)
+    for factor in (1, 2, 1):
+        head = f"import functools\nimport torch\nfrom sdecor.registers import SCORES\nFACTOR = {factor}\n"
+        path.write_text(head + WRITTEN[written])
+        ask = "from sdecor.config import Run; print(Run.of(method='mine').key)"
+        env = {**os.environ, "SDECOR_USE": os.pathsep.join([str(path), str(tmp_path / "mine.py")])}
+        done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        keys.add(done.stdout)
+    assert len(keys) == 2
+
+
+def test_packages_without_init_and_roots_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"a/space/sub/net.py": "from space.lib.blocks import b\nfrom ..lib.more import m\nimport beyond\n"}
+    texts |= {"a/space/lib/blocks.py": "b = 1\n", "a/space/lib/more.py": "m = 1\n", "b/beyond.py": "x = 1\n"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for root in ("a", "b"):
+        monkeypatch.syspath_prepend(tmp_path / root)
+    first = Run.of(model="space.sub.net:make")
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text + "# another line\n")
+        assert Run.of(model="space.sub.net:make").key != first.key, name
+        (tmp_path / name).write_text(text)
+    assert Run.of(model="space.sub.net:make") == first
+    for name in [n for n in sys.modules if n.partition(".")[0] == "space"]:
+        del sys.modules[name]
+
+
+def test_a_factory_of_a_notebook_counts_by_its_instructions() -> None:
+    """As a cell that is run again, of which there is no file; and the same in every process."""
+    ask = """
+from sdecor.config import Run
+for width in (4, 64, 4):
+    exec(f"def make(c, k, s): return (lambda w: w * c)({width})")
+    print(Run.of(model="__main__:make").key)
+"""
+    command = [sys.executable, "-c", ask]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    assert said[0] == said[1] and said[0][0] == said[0][2] != said[0][1]
+
+
+OWN_DATA = """
+import torch
+from pathlib import Path
+from sdecor.data import dataset
+
+@dataset(classes=("low", "high"), size=8)
+def pixels(request):
+    draw = torch.Generator().manual_seed(int((request.root / "seed").read_text()))
+    return torch.rand(20, 1, 8, 8, generator=draw), torch.arange(20) % 2
+"""
+OWN_MEASURE = """
+from sdecor.measures.case import measure
+
+@measure("mine", better="higher", family="sharpness")
+def mine(saliency):
+    return saliency.double().mean((1, 2)) * 0 + {value}
+"""
+
+
+def test_files_that_own_data_read_and_measures_of_ones_own(tmp_path: Path) -> None:
+    for root in ("a", "b"):
+        (tmp_path / root).mkdir()
+        (tmp_path / root / "seed").write_text(str(ord(root)))
+    (tmp_path / "own.py").write_text(OWN_DATA)
+    (tmp_path / "measures.py").write_text(OWN_MEASURE.format(value=1))
+    own, small = ("--use", "own.py", "--use", "measures.py"), ("--model", "cnn_bn", "--epochs", 1, "--batch-size", 5)
+    common = (*own, "train", "--data", "pixels", *small, "--quiet", "--store", tmp_path / "store", "--data-root")
+    first = sdecor(*common, "a", cwd=tmp_path)
+    assert "mine                     1.0000" in first.stdout and first.stderr == ""
+    assert sdecor(*common, "a", cwd=tmp_path).stderr == ""
+    other = sdecor(*common, "b", cwd=tmp_path)
+    assert other.returncode == 2 and "the train images of pixels are others than those of run" in other.stderr
+    (tmp_path / "measures.py").write_text(OWN_MEASURE.format(value=2))
+    again = sdecor(*common, "a", cwd=tmp_path)
+    assert "mine                     1.0000" in again.stdout
+    assert "were measured without your own measures as they are now; `sdecor measure` does it again" in again.stderr
+
+
+def test_a_checkpoint_knows_its_network(tmp_path: Path) -> None:
+    data, path = load("digits", limit=64), tmp_path / "c.pt"
+
+    def net(act: nn.Module, width: int = 8) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, width), act, nn.Linear(width, 10))
+
+    def go(model: nn.Module) -> None:
+        fit(model, data, Objective("standard"), Schedule(epochs=1), checkpoint=path, progress=False)
+
+    go(net(nn.ReLU()))
+    go(net(nn.ReLU()))
+    for other in (net(nn.Tanh()), net(nn.ReLU(), 9)):
+        with pytest.raises(ValueError, match=f"^checkpoint {path} is of other networks; put those back, or delete it$"):
+            go(other)
 
 
 OWN = """

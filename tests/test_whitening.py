@@ -508,3 +508,12 @@ def test_a_spread_of_a_thousand_is_white_in_single_precision(g: int) -> None:
     z = torch.randn(4096, g) * torch.logspace(0, 3, g)
     cov = covariance(grouped(whiten(z, g).double(), g))[1][0]
     torch.testing.assert_close(cov, torch.eye(g, dtype=F64), rtol=0, atol=2e-5)  # 1e-5 is the ridge over variance 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_a_number_stays_so_in_its_group_alone(method: str) -> None:
+    z = torch.randn(40, 8)
+    z[3, 5] = torch.nan
+    white = whiten(z, 4, method=method)
+    assert white[:, 4:].isnan().all()
+    torch.testing.assert_close(white[:, :4], whiten(z[:, :4], 4, method=method))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from sdecor.registers import ATTRIBUTIONS, Between
-from sdecor.saliency import input_gradient, logits_and_gradient, logits_of, pixel_score, quick_slope
+from sdecor.saliency import differentiable, input_gradient, logits_and_gradient, logits_of, pixel_score, quick_slope
 
 attribution = ATTRIBUTIONS.register
 Count = Annotated[int, Between(1)]
@@ -70,7 +70,11 @@ def by_captum(kind: str, model: Module, x: Tensor, y: Tensor, **how: Any) -> Ten
     import captum.attr
 
     method = getattr(captum.attr, kind)(model, **how.pop("made", {}))
-    result: Tensor = method.attribute(x, target=y, **how)
+    try:
+        result: Tensor = method.attribute(x, target=y, **how)
+    except RuntimeError:
+        differentiable(logits_of(model, x[:1].clone().requires_grad_()))  # if that is why, in plain words
+        raise
     return result
 
 

@@ -17,7 +17,7 @@ from sdecor.attribution.gradients import Value, by_captum, missed
 from sdecor.models import channels_first
 from sdecor.models import layer as find_layer
 from sdecor.registers import ATTRIBUTIONS
-from sdecor.saliency import classes_of, logits_of
+from sdecor.saliency import classes_of, differentiable, logits_of
 
 attribution = ATTRIBUTIONS.register
 
@@ -112,7 +112,7 @@ def gradcam(model: nn.Module, x: Tensor, y: Tensor | None, rows: int, *, layer: 
     module, output, version = found[0]
     if output._version != version:  # what came behind worked in place
         return gradcam(model, x, y, rows, layer=next(name for name, m in model.named_modules() if m is module))
-    chosen = logits.gather(1, classes_of(logits, y).unsqueeze(1)).sum()
+    chosen = differentiable(logits).gather(1, classes_of(logits, y).unsqueeze(1)).sum()
     (slope,) = torch.autograd.grad(chosen, output, allow_unused=True)
     if slope is None:
         raise ValueError("gradcam: the logits do not depend on the chosen layer; name another layer=")

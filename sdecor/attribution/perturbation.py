@@ -176,6 +176,7 @@ def superpixels(x: Tensor, segments: int = 64) -> Tensor:
     """
     from skimage.segmentation import slic
 
+    Between(2).check("segments", segments)
     checked_images(x)
     pixels = x.detach().permute(0, 2, 3, 1).double().cpu().numpy()
     compactness = 30 if x.shape[1] == 3 else 0.3  # lightness in Lab goes to 100, grey to 1

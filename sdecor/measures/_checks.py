@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdecor.masking import require_tensors
 from sdecor.registers import Between
+from sdecor.saliency import WHOLE
 
 INSIDE, POSITIVE = Between(0, 1, ends=False), Between(0, ends=False)
 
@@ -77,8 +78,7 @@ def require_images(images: Tensor, target: Tensor | None = None, *, floating: bo
     if floating and not images.is_floating_point():
         raise ValueError(f"images must be of a floating type, as the model takes them, got {images.dtype}")
     if target is not None:
-        whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-        if target.shape != images.shape[:1] or not whole:
+        if target.shape != images.shape[:1] or target.dtype not in WHOLE:
             got = f"shape {tuple(target.shape)} of {target.dtype}"
             raise ValueError(f"target must be {len(images)} whole numbers, got {got}")
     for name, value in positive.items():
