@@ -335,7 +335,8 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
         how: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
         metrics, curves = measure(model, data, layers=layers, device=where, **how)
         losses = {name: values for name, values in record.curves.items() if name.startswith("loss_")}
-        known = {**record.environment, "measured": environment(where), "own_measures": own_measures()}
+        known = {**record.environment, "measured": environment(where)}
+        known |= {"own_measures": own} if (own := own_measures()) else {}
         record = replace(record, metrics=metrics, curves={**losses, **curves}, environment=known)
         store.write(record, exhibit=exhibit(model, data, device=where) if run.thorough else None)
     return record

@@ -94,6 +94,7 @@ def key(done: subprocess.CompletedProcess[str]) -> str:
 QUICK = ("--epochs", 1, "--batch-size", 4, "--model", "cnn_bn", "--quiet")
 
 
+@pytest.mark.slow  # some commands, each a process of its own
 def test_on_the_command_line(pictures: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "pets"
     shutil.copytree(pictures, other)
@@ -143,6 +144,7 @@ def make(in_channels, num_classes, image_size, *, hidden=8):
 NET = FACTORY.format(extra="", act="ReLU")
 
 
+@pytest.mark.slow  # some commands, each a process of its own
 def test_an_edited_factory_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(NET)
     common = ("train", "--store", tmp_path / "store", "--model", "mine:make", "--quiet", "--method", "standard")
@@ -210,6 +212,7 @@ METHODS['mine'] = Method({'classification': 1, 'consistency': 1}, settings={'sco
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", WRITTEN)
 def test_however_a_function_is_written_its_file_counts(tmp_path: Path, written: str) -> None:
     keys, path = set(), tmp_path / "score.py"
@@ -275,6 +278,7 @@ def mine(saliency):
 """
 
 
+@pytest.mark.slow  # some commands, each a process of its own
 def test_files_that_own_data_read_and_measures_of_ones_own(tmp_path: Path) -> None:
     for root in ("a", "b"):
         (tmp_path / root).mkdir()
