@@ -251,6 +251,7 @@ def test_print_is_black_on_white_without_controls(browser: Any, site: str) -> No
         assert set(visit.every(content, seen)) == {"true"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_print_fits_on_paper(browser: Any, site: str, name: str) -> None:
     """A4 with margins of 16 mm is 672 pixels wide."""
