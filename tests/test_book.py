@@ -114,12 +114,16 @@ def test_what_stands_in_running_text_is_told_apart() -> None:
 @pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
 def test_committed_outputs_are_what_the_records_give(source: Path, real_data: Path, tmp_path: Path) -> None:
     papermill = pytest.importorskip("papermill", reason="needs the packages of the extra 'book'")
+    from sdecor_book.execute import own_sockets
+
     fresh = tmp_path / "fresh.ipynb"
     committed = source.with_suffix(".ipynb")
     declared = source.read_text(encoding="utf-8")
     mine: dict[str, Any] = {"data_root": str(real_data), "workers": 1}
     given = {name: value for name, value in mine.items() if f"\n{name}: " in declared}
-    papermill.execute_notebook(committed, fresh, given, kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    with own_sockets() as how:
+        how |= {"kernel_name": "python3", "progress_bar": False, "cwd": tmp_path}
+        papermill.execute_notebook(committed, fresh, given, **how)
     old, new = comparable(committed), comparable(fresh)
     injected = int(bool(given))  # the cell that papermill adds
     assert [i + injected for i, _ in old] == [i for i, _ in new]

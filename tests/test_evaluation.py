@@ -291,6 +291,18 @@ def test_a_second_call_computes_nothing(store: Store, seen: list[str]) -> None:
     assert [p.name for p in path_of(store).parent.iterdir()] == [f"{RUN.key}.csv"]
 
 
+def test_the_published_tables_are_read_and_not_made_anew(root: Path, seen: list[str], tmp_path: Path) -> None:
+    for kind in ("results", "tables"):
+        shutil.copytree(root / "data" / kind, tmp_path / kind)
+    store = Store(tmp_path)
+    paths = sorted((store.root / "tables").rglob("*.csv"))
+    for path in paths:
+        images = int(pd.read_csv(path, comment="#")["images"].iloc[0])
+        found = tabulate(next(r.run for r in store.records() if r.run.key == path.stem), store, images=images)
+        assert set(found["attribution"]) == {*CONTROLS, *ATTRIBUTIONS}
+    assert seen == [] and paths
+
+
 def test_a_killed_call_goes_on_where_it_was(store: Store, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass

@@ -459,6 +459,13 @@ def test_a_chapter_with_parameters(book: Path, tmp_path: Path) -> None:
     assert outputs(target) == ["one\nquick 4 0.5 True\n", "0.25"]
 
 
+def test_kernels_side_by_side_cannot_take_the_port_of_another(book: Path, tmp_path: Path) -> None:
+    asked = "from ipykernel.kernelapp import IPKernelApp; print(IPKernelApp.instance().transport)"
+    (book / "part" / "one.md").write_text(CHAPTER.replace('print("one")', asked))
+    call("part/one", "--out", target := tmp_path / "out.ipynb")
+    assert outputs(target)[0] == "ipc\npublished 2 0.5 False\n"
+
+
 @pytest.mark.slow
 def test_stale_chapters_are_published_without_traces(book: Path) -> None:
     notebook, source = book / "part" / "one.ipynb", book / "part" / "one.md"

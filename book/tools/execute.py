@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jupytext
 import nbformat
 import papermill
+from traitlets.config import Config
 
 from sdecor._files import locked, replace_atomically
 from sdecor.registers import Option
@@ -121,6 +123,13 @@ def _note(name: str, row: Mapping[str, Any]) -> None:
         replace_atomically(path, lambda f: f.write(text.getvalue().encode()))
 
 
+@contextmanager
+def own_sockets() -> Iterator[dict[str, Any]]:
+    """Arguments of papermill for a kernel reached through files; two at a time may both take the same free port."""
+    with tempfile.TemporaryDirectory(prefix="sdecor-") as folder:
+        yield {"config": Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})}
+
+
 def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = False) -> Path:
     """Execute a chapter.
 
@@ -149,14 +158,16 @@ def run(name: str, given: Mapping[str, str], *, out: str = "", publish: bool = F
     started = time.monotonic()
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done = papermill.execute_notebook(
-            nbformat.from_dict(source),  # type: ignore[no-untyped-call]
-            target,
-            values,
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty(),
-            coalesce_streams=True,
-        )
+        with own_sockets() as how:
+            done = papermill.execute_notebook(
+                nbformat.from_dict(source),  # type: ignore[no-untyped-call]
+                target,
+                values,
+                kernel_name="python3",
+                progress_bar=sys.stderr.isatty(),
+                coalesce_streams=True,
+                **how,
+            )
     except papermill.PapermillExecutionError as error:
         kind = ValueError if error.ename in ("ValueError", "TypeError", "FileNotFoundError") else ChildProcessError
         raise kind(f"{error.ename} in cell {error.exec_count} of {name}: {error.evalue} (see {target})") from None
