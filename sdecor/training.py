@@ -271,9 +271,7 @@ def fit(
         forward = stack.enter_context(_compiled(model)) if compiled else model
         bar = stack.enter_context(_bar(done * steps, plan.epochs * steps, progress))
         order, noise = torch.Generator(where), torch.Generator(where)
-        step = _stepper(
-            forward, objective, optimizer, plan.clip, amp, features=features, layers=layers, generator=noise
-        )
+        step = _stepper(forward, objective, optimizer, plan, amp, features=features, layers=layers, generator=noise)
         train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
@@ -301,7 +299,7 @@ def _stepper(
     model: Any,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
-    clip: float | None,
+    plan: Schedule,
     amp: bool,
     **seen: Any,
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
@@ -310,7 +308,7 @@ def _stepper(
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             terms = losses(model, x, y, objective, **seen)
-        _descend(optimizer, terms["total"], clip)
+        _descend(optimizer, terms["total"], plan.clip)
         seen["features"].clear()  # they hold the graph of the step
         return {name: value.detach() for name, value in terms.items()}
 
