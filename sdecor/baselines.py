@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from sdecor.models import channels_first, default_layers, layer
-from sdecor.objective import Step, classification, consistency, decorrelation, frozen_statistics, term
+from sdecor.models import averaged, channels_first, default_layers, layer
+from sdecor.objective import Step, capture, classification, consistency, decorrelation, frozen_statistics, term
 from sdecor.registers import METHODS, Between, Method
-from sdecor.saliency import input_gradient, quick_slope
+from sdecor.saliency import frozen_eval, input_gradient, logits_of, quick_slope
 from sdecor.whitening import GroupWhitening, full_precision, whiten
 
 _PAPER, _OVERSHOOT = "arXiv:2604.25315", 1.25
@@ -101,15 +101,16 @@ def whitened_classification(
 def with_whitening(model: nn.Module, images: Tensor) -> nn.Module:
     """Put group-wise ZCA behind the last block: before the average over positions, else behind the last convolution.
 
-    The `images` are those of `sdecor.models.default_layers`.
+    Both are those of `sdecor.models.default_layers`, which takes the `images` too.
     """
-    modules, conv = dict(model.named_modules()), default_layers(model, images)[0]
-    if not isinstance(modules[conv], nn.Conv2d):
+    modules, found = dict(model.named_modules()), default_layers(model, images)
+    if not isinstance(modules[found[0]], nn.Conv2d):
         raise ValueError(f"whitening needs a convolution to go behind, and {type(model).__name__} has none")
-    behind = list(modules)[list(modules).index(conv) + 1 :]
-    name = next((n for n in reversed(behind) if isinstance(modules[n], nn.AdaptiveAvgPool2d)), conv)
+    conv, name = found[0], averaged(model, images) or found[0]
+    with torch.no_grad(), frozen_eval(model), capture(model, (name,)) as features:
+        logits_of(model, images[:1], finite=False)
     old, parent = modules[name], model.get_submodule(name.rpartition(".")[0])
-    white = GroupWhitening(modules[conv].out_channels)
+    white = GroupWhitening(features[name].shape[1])
     setattr(parent, name.rpartition(".")[2], nn.Sequential(*([old, white] if name == conv else [white, old])))
     return model
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
+from sdecor.masking import require_tensors
 from sdecor.registers import PENALTIES
 from sdecor.whitening import covariance, full_precision, grouped, whitened
 
@@ -95,6 +96,7 @@ def decorrelation(
         >>> decorrelation(z, group_size=2)
         tensor(1.)
     """
+    require_tensors(z=z)
     function = PENALTIES[kind].function
     with torch.autocast(z.device.type, enabled=False):
         value: Tensor = function(grouped(full_precision(z), group_size, layer=layer))

@@ -29,7 +29,7 @@ from sdecor._code import code, foreign
 from sdecor._files import locked, replace_atomically, set_aside
 from sdecor.attribution import attribute
 from sdecor.config import Run
-from sdecor.images import ImageData, ImageStream
+from sdecor.images import ImageData, ImageStream, checked_set
 from sdecor.masking import replacement
 from sdecor.measures import faithfulness, localization, representation, robustness, sanity
 from sdecor.measures.case import RECOMMENDED, Case, available, evaluate, needs, table
@@ -37,7 +37,7 @@ from sdecor.models import channels_first, default_layers, layer, uncompiled
 from sdecor.objective import capture
 from sdecor.prepare import data_of
 from sdecor.registers import ATTRIBUTIONS, MEASURES
-from sdecor.saliency import logits_and_gradient, pixel_score
+from sdecor.saliency import frozen_eval, logits_and_gradient, logits_of, pixel_score
 from sdecor.store import Record, Store, environment
 from sdecor.training import device_of
 
@@ -93,7 +93,7 @@ def measure(
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
-    model, data = uncompiled(model).to(device), data.to(device)
+    model, data = uncompiled(model).to(device), checked_set("data", data).to(device)
     names = layers or default_layers(model, next(data.subset(1).batches(1))[0])
     per_image: dict[str, list[Tensor]] = defaultdict(list)
     curves: dict[str, list[Tensor]] = defaultdict(list)
@@ -121,7 +121,7 @@ def measure(
     for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
         for name, value in evaluate(case, rest).items():
             per_image[name].append(value)
-    if thorough and plays(model, data.num_classes):
+    if thorough and plays(model, next(data.subset(1).batches(1))[0], data.num_classes):
         per_image["grid_pointing_game"].append(grid_pointing_game(model, data.subset(MOST), seed=seed))
     means = {name: float(torch.cat(parts).double().nanmean()) for name, parts in per_image.items()}
     of = {f"{k}_{name}": float(function(s)) for name, s in statistics.items() for k, function in _FEATURES.items()}
@@ -150,9 +150,19 @@ def _add_curves(
             curves[f"masked_{fill}_{order}"].append(kept)
 
 
-def plays(model: nn.Module, classes: int) -> bool:
-    """Whether a model can play the grid pointing game: it takes images of any size, and there are enough classes."""
-    return classes >= CELLS and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules())
+def plays(model: nn.Module, image: Tensor, classes: int) -> bool:
+    """Whether a model can play the grid pointing game: it averages over positions, and takes images of twice the side.
+
+    There must be enough classes, too; `image` is (1, C, H, W).
+    """
+    if classes < CELLS or not any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules()):
+        return False
+    try:
+        with torch.no_grad(), frozen_eval(model):
+            logits_of(model, image.repeat(1, 1, 2, 2), finite=False)
+    except RuntimeError:
+        return False
+    return True
 
 
 def grid_pointing_game(

@@ -446,3 +446,11 @@ class ImageStream(_Images):
             if isinstance(images, str):
                 raise ValueError(images)
             yield images.to(self.device, non_blocking=True), self.labels[part.cpu()].to(self.device)
+
+
+def checked_set(name: str, data: Any) -> ImageData | ImageStream:
+    """The data, if they are of one of these classes."""
+    if not isinstance(data, ImageData | ImageStream):
+        make = "ImageData.from_tensors(images, labels) makes the first"
+        raise ValueError(f"{name} must be ImageData or ImageStream, got {type(data).__name__}; {make}")
+    return data

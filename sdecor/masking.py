@@ -39,7 +39,7 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
     require_tensors(score=score)
-    flat = score.flatten(1)
+    flat = (score.byte() if score.dtype == torch.bool else score).flatten(1)
     count = round(fraction * flat.shape[1])
     if flat.device.type == "cpu" and flat.dtype == torch.float32 and count:  # several times as fast as topk, if no ties
         values = flat.detach().numpy()

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sdecor._code import check_loaded, foreign
 from sdecor.registers import MODELS, Between, OneOf, WrongType
-from sdecor.saliency import frozen_eval, logits_of
+from sdecor.saliency import checked_images, checked_model, frozen_eval, logits_of
 
 model = MODELS.register
 PLACES = ("before", "after")
@@ -171,7 +172,7 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile`` was given, whose layers have the names that a user knows."""
-    own: nn.Module = getattr(model, "_orig_mod", model)
+    own: nn.Module = getattr(checked_model(model), "_orig_mod", model)
     return own
 
 
@@ -233,21 +234,37 @@ def default_layers(model: nn.Module, images: Tensor, *, place: str = "before") -
     """
     OneOf(PLACES).check("place", place)
     model = uncompiled(model)
-    calls, outputs, logits = _calls(model, images[:1])
-    names, kinds = [name for name, _ in calls], [module for _, module in calls]
-    giving = [i for i, out in enumerate(outputs) if out is not None and torch.equal(out, logits)]
-    head = _last(kinds, nn.Linear) if not giving else max(giving)
-    body = kinds[: max(head if head >= 0 else _last(kinds, nn.Conv2d), 0)]
-    conv = _last(body, nn.Conv2d, lambda m: not 1 < m.kernel_size[0] == m.stride[0])
+    calls, body, conv = _body(model, images)
     linear = _last(body, nn.Linear)
     if linear < _last(body, nn.Conv2d | nn.MultiheadAttention | nn.LayerNorm):
-        pool = _last(body, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, lambda m: m.output_size in (1, (1, 1)))
-        linear = pool if pool > conv else -1
+        linear = _pool(body, conv)
     found = [i for i in (conv, linear) if i >= 0]
     if not found:
         known = ", ".join(name for name, _ in model.named_modules() if name)
         raise ValueError(f"no default layers found in {type(model).__name__}; pass layers=, some of: {known}")
-    return tuple(names[i] if place == "before" else _activated(model, calls, i) for i in found)
+    return tuple(calls[i][0] if place == "before" else _activated(model, calls, i) for i in found)
+
+
+def averaged(model: nn.Module, images: Tensor) -> str:
+    """Name of the pooling to one position that `default_layers` would find, empty if there is none."""
+    calls, body, conv = _body(model, images)
+    return calls[pool][0] if (pool := _pool(body, conv)) >= 0 else ""
+
+
+def _body(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, nn.Module]], list[nn.Module], int]:
+    """Names and modules, call by call; the modules before the head; the place of the last convolution among them."""
+    checked_images(images)
+    calls, outputs, logits = _calls(model, images[:1])
+    kinds = [module for _, module in calls]
+    giving = [i for i, out in enumerate(outputs) if out is not None and torch.equal(out, logits)]
+    head = _last(kinds, nn.Linear) if not giving else max(giving)
+    body = kinds[: max(head if head >= 0 else _last(kinds, nn.Conv2d), 0)]
+    return calls, body, _last(body, nn.Conv2d, lambda m: not 1 < m.kernel_size[0] == m.stride[0])
+
+
+def _pool(body: Sequence[nn.Module], conv: int) -> int:
+    pool = _last(body, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, lambda m: m.output_size in (1, (1, 1)))
+    return pool if pool > conv else -1
 
 
 def _calls(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, nn.Module]], list[Tensor | None], Tensor]:
@@ -259,7 +276,8 @@ def _calls(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, nn.Module]], li
         calls.append((name, module))
         outputs.append(output.clone() if isinstance(module, nn.Linear) else None)
 
-    whole = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) or not [*m.children()]]
+    kinds = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)  # with parts, if they are parametrized, say
+    whole = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) or not [*m.children()]]
     handles = [m.register_forward_hook(partial(note, name=name)) for name, m in whole]
     try:
         with torch.no_grad(), frozen_eval(model):
@@ -300,15 +318,29 @@ def channels_first(z: Tensor, module: nn.Module, images: Tensor) -> Tensor:
 
     A linear layer, and a layer norm over one dimension, act on the last; a convolution has its channels in the second,
     and so has what goes with convolutions. What other modules do is read from the shape: the one of (h, w) that has the
-    proportions of the images. Where both have, the channels count as first; where a convolution strides unevenly, name
-    the convolution itself. Features with another number of dimensions come back as they are.
+    proportions of the images, or if neither has, that has them up to a rounding of both sides. Where both have, the
+    channels count as first; where a convolution strides unevenly, name the convolution itself. Features with another
+    number of dimensions come back as they are.
     """
     if z.ndim != 4 or isinstance(module, _FIRST):
         return z
-    tall, wide = images.shape[2:]
-    first, last = (z.shape[i] * wide == z.shape[i + 1] * tall for i in (2, 1))
-    over_channels = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
-    return z.movedim(-1, 1) if type(module) is nn.Linear or over_channels or (last and not first) else z
+    kind = type_before_parametrizations(module)
+    over_channels = kind is nn.LayerNorm and len(getattr(module, "normalized_shape", ())) == 1
+    for fits in (_proportional, _nearly_proportional):
+        first, last = (fits(z.shape[i : i + 2], images.shape[2:]) for i in (2, 1))
+        if first or last:
+            break
+    return z.movedim(-1, 1) if kind is nn.Linear or over_channels or (last and not first) else z
+
+
+def _proportional(sides: Sequence[int], of: Sequence[int]) -> bool:
+    return sides[0] * of[1] == sides[1] * of[0]
+
+
+def _nearly_proportional(sides: Sequence[int], of: Sequence[int]) -> bool:
+    """Whether there is a factor that gives both sides, up to one."""
+    pairs = [*zip(sides, of, strict=True)]
+    return max(whole / (side + 1) for side, whole in pairs) < min(whole / max(side - 1, 1e-9) for side, whole in pairs)
 
 
 def _factory(name: str) -> Callable[..., Any]:

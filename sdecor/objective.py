@@ -21,7 +21,7 @@ from sdecor.decorrelation import decorrelation as penalized
 from sdecor.masking import lowest, masked, replacement
 from sdecor.models import PLACES, channels_first, default_layers, layer
 from sdecor.registers import FILLS, METHODS, PENALTIES, SCORES, TERMS, Between, Method, OneOf, OnlyWith
-from sdecor.saliency import input_gradient, logits_of, quick_slope
+from sdecor.saliency import checked_target, input_gradient, logits_of, quick_slope
 from sdecor.whitening import GroupWhitening, full_precision
 
 term = TERMS.register
@@ -89,7 +89,7 @@ class Step:
 
     def __post_init__(self) -> None:
         self._input = self.images.detach().requires_grad_() if self.differentiable else self.images
-        self.images = self.images.detach()
+        self.images, self.target = self.images.detach(), checked_target(self.images, self.target)
         self._kept: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:

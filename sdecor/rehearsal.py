@@ -97,7 +97,7 @@ def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) 
         what = f"measure of claim '{claim.name}'"
         if claim.measure.startswith(OF_LAYERS):
             OneOf(known).check(what, claim.measure)
-        elif claim.measure == "grid_pointing_game" and not plays(model, shape["num_classes"]):
+        elif claim.measure == "grid_pointing_game" and not plays(model, image, shape["num_classes"]):
             need = f"average over positions and {CELLS} classes or more"
             raise ValueError(f"{what}: grid_pointing_game needs networks with an {need}, not '{run.model.name}'")
         elif claim.measure in MEASURES and "mask" in needs(claim.measure) and not shape["masks"]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sdecor.first_convolution import FirstConvolution
+from sdecor.masking import require_tensors
 from sdecor.registers import SCORES
 
 score = SCORES.register
@@ -27,20 +28,41 @@ WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  #: Typ
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode, parameters asking for no gradient, nothing done in place; restore it all afterwards."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules: list[Any] = list(model.modules())
-    modes: list[tuple[Any, str, bool]] = [(m, "training", m.training) for m in modules]
+    held = (*checked_model(model).parameters(), *model.buffers())
+    if any(tensor.is_inference() for tensor in held if not nn.parameter.is_lazy(tensor)):
+        made = f"{type(model).__name__} was made under torch.inference_mode, which bars gradients for good"
+        raise ValueError(f"{made}; make it outside, and load its state_dict into that")
     flags: list[tuple[Any, str, bool]] = [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
-    flags += [(m, "inplace", True) for m in modules if getattr(m, "inplace", False) is True]
+    plain = (m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
+    flags += [(m, "inplace", True) for m in plain if getattr(m, "inplace", False) is True]
+    with same_mode(model):
+        try:
+            model.eval()
+            for owner, flag, _ in flags:
+                setattr(owner, flag, False)
+            yield
+        finally:
+            for owner, flag, value in flags:
+                setattr(owner, flag, value)
+
+
+@contextmanager
+def same_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module back in the mode it had, by its own ``train``: some do more there, such as merging weights."""
+    before = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        for owner, flag, _ in flags:
-            setattr(owner, flag, False)
         yield
     finally:
-        for owner, flag, value in modes + flags:
-            setattr(owner, flag, value)
+        for module, mode in before:  # a module around others comes before them
+            if module.training != mode:
+                module.train(mode)
+
+
+def checked_model(model: Any) -> nn.Module:
+    """The model, if it is a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def input_gradient(
@@ -57,12 +79,13 @@ def input_gradient(
     how: dict[str, Any] = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
     chosen = differentiable(logits).gather(1, target.unsqueeze(1)).sum()
     with torch.autocast(x.device.type, enabled=False):  # else float32 parts of the graph go backward in half precision
-        return torch.autograd.grad(chosen, x, **how)[0]
+        slope: Tensor | None = torch.autograd.grad(chosen, x, allow_unused=True, **how)[0]
+    return slope if slope is not None else differentiable(logits, cut=True)  # which raises
 
 
-def differentiable(logits: Tensor) -> Tensor:
-    """The logits, if they have a graph; a ValueError if the model cut it."""
-    if not logits.requires_grad:
+def differentiable(logits: Tensor, *, cut: bool = False) -> Tensor:
+    """The logits, if they have a graph that is not `cut`; a ValueError if the model did that."""
+    if cut or not logits.requires_grad:
         raise ValueError("the logits of this model cannot be differentiated: it detaches something on the way to them")
     return logits
 
@@ -92,7 +115,9 @@ def pixel_score(attribution: Tensor, kind: str = "absolute") -> Tensor:
 
     The attribution is ``(B, C, H, W)``, or ``(B, H, W)`` of a method that scores whole pixels.
     """
+    require_tensors(attribution=attribution)
     channels = attribution.unsqueeze(1) if attribution.ndim == 3 else attribution
+    channels = channels if channels.is_floating_point() else channels.double()
     result: Tensor = SCORES[kind].ask({"gradient": channels})
     return result
 
@@ -126,8 +151,11 @@ def checked_images(x: Tensor, target: Any = None) -> Tensor | None:
         raise ValueError(f"x must be floating images (B, C, H, W), not empty; got {x.dtype} of shape {tuple(x.shape)}")
     if not x.isfinite().all():
         raise ValueError("x has NaN or infinity")
-    if target is None:
-        return None
+    return None if target is None else checked_target(x, target)
+
+
+def checked_target(x: Tensor, target: Any) -> Tensor:
+    """Classes of images, one for each or one for all, as int64 on their device."""
     try:
         classes = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError):

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from sdecor._files import replace_atomically, set_aside
 from sdecor.config import Objective, Schedule
 from sdecor.graphs import Captured
-from sdecor.images import ImageData, ImageStream
+from sdecor.images import ImageData, ImageStream, checked_set
 from sdecor.models import uncompiled
 from sdecor.objective import capture, layers_of, losses
-from sdecor.saliency import frozen_eval, logits_of
+from sdecor.saliency import frozen_eval, logits_of, same_mode
 
 log = logging.getLogger("sdecor")
 
@@ -148,10 +148,25 @@ def _resume(path: Path | None, about: tuple[str, dict[str, str]], history: Histo
     return len(history.seconds)
 
 
+def _of(model: nn.Module, train: ImageData | ImageStream) -> dict[str, str]:
+    """Digests of what a checkpoint is of."""
+    return {"images": train.digest, "networks": hashlib.sha256(repr(model).encode()).hexdigest()[:16]}
+
+
+def _checked(train: Any, objective: Any, plan: Any, device: str) -> tuple[Any, Objective, Schedule, torch.device]:
+    """What `fit` was given, if it is of these kinds; an objective may be the name of a method."""
+    objective = Objective(objective) if isinstance(objective, str) else objective
+    for name, value, kind in (("objective", objective, Objective), ("schedule", plan, Schedule)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be of the class {kind.__name__}, got {type(value).__name__}")
+    return checked_set("train", train), objective, plan, device_of(device)
+
+
 def _kept(
-    path: Path | None, about: tuple[str, dict[str, str]], history: History, spare: float, **parts: Any
+    path: str | Path | None, about: tuple[str, dict[str, str]], history: History, spare: float, **parts: Any
 ) -> tuple[int, Callable[[], AbstractContextManager[None]]]:
     """Epochs that are done, and what to call after each: it saves if that is due, or if its block raises."""
+    path = None if path is None else Path(path)
     done, saved = _resume(path, about, history, **parts), time.perf_counter()
 
     @contextmanager
@@ -174,8 +189,8 @@ def _kept(
 def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.device) -> Iterator[torch.memory_format]:
     """Put the model on a device, with channels last if it can work so, and leave it with the strides that it had.
 
-    One pass over the first images finds that out. It also shows whether every label has a logit: on a GPU it would be a
-    crash, and -100 would be skipped.
+    Passes of the first images find that out, the second one in training mode, which leaves no trace. They also show
+    whether every label has a logit: on a GPU it would be a crash, and -100 would be skipped.
     """
     if len(train) == 0:
         raise ValueError("train holds no images to learn from")
@@ -183,28 +198,46 @@ def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.dev
     model, x, problem = model.to(where), x.to(where), ""
     lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
     held = [*model.named_parameters(), *model.named_buffers()]
-    strided = {name for name, tensor in held if nn.parameter.is_lazy(tensor) or tensor.is_contiguous()}
-    for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
-        try:
-            with torch.no_grad(), frozen_eval(model):
-                if lazy:
-                    logits_of(model, x, finite=False)
-                model.to(memory_format=layout)  # type: ignore[call-overload]
-                classes = logits_of(model, x.to(memory_format=layout), finite=False).shape[1]
-            break
-        except RuntimeError as error:
-            problem = str(error).splitlines()[0]
-    else:
-        raise ValueError(f"{type(model).__name__} cannot take images of shape {tuple(x.shape)}: {problem}")
-    low, high = (int(v) for v in torch.aminmax(train.labels))
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels must lie in 0..{classes - 1}, as the model gives {classes} logits, got {low}..{high}")
+    strides = {name: tensor.stride() for name, tensor in held if not nn.parameter.is_lazy(tensor)}
     try:
+        for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
+            try:
+                with torch.no_grad(), frozen_eval(model):
+                    if lazy:
+                        logits_of(model, x, finite=False)
+                    model.to(memory_format=layout)  # type: ignore[call-overload]
+                    classes = logits_of(model, x.to(memory_format=layout), finite=False).shape[1]
+                with torch.no_grad(), same_mode(model), _same_buffers(model):
+                    logits_of(model.train(), x.to(memory_format=layout), finite=False)
+                break
+            except RuntimeError as error:
+                problem = str(error).splitlines()[0]
+        else:
+            raise ValueError(f"{type(model).__name__} cannot take images of shape {tuple(x.shape)}: {problem}")
+        low, high = (int(v) for v in torch.aminmax(train.labels))
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels must lie in 0..{classes - 1}, as the model gives {classes} logits, got {low}..{high}"
+            )
         yield layout
     finally:
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # of buffers other ones than before
-            if name in strided:
-                tensor.data = tensor.data.contiguous()
+        now = [*model.named_parameters(), *model.named_buffers()]  # of buffers other ones than before
+        for name, tensor in ((n, t) for n, t in now if not nn.parameter.is_lazy(t)):
+            usual = torch.empty_like(tensor, memory_format=torch.contiguous_format, device="meta").stride()
+            if tensor.stride() != (wanted := strides.get(name, usual)) and len(wanted) == tensor.ndim:
+                tensor.data = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=where).copy_(tensor)
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Give buffers back what they held, such as the averages of batch norm."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            if name in before and buffer.shape == before[name].shape:
+                buffer.copy_(before[name])
 
 
 def fit(
@@ -216,7 +249,7 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     validation: ImageData | ImageStream | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     spare: float = 0.0,
     amp: bool = False,
     compiled: bool = False,
@@ -230,7 +263,7 @@ def fit(
     continues from the last finished epoch with the same bits as one that was not (on the CPU, same number of threads).
 
     Args:
-        model: Classifier, initialized by the caller.
+        model: Classifier, initialized by the caller; all of it is put in training mode.
         train: Training images.
         objective: Terms and weights.
         schedule: Length, batch size, learning rate.
@@ -250,9 +283,8 @@ def fit(
         OSError: If the checkpoint cannot be written; the one before it is then still there.
         FloatingPointError: If a loss term is not finite; names the term and the step.
     """
-    plan, where = schedule or Schedule(), device_of(device)
+    train, objective, plan, where = _checked(train, objective, schedule or Schedule(), device)
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
-    description = f"{objective}, {plan}, seed={seed}, images={len(train)}"
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where) if isinstance(train, ImageData) else train
     steps = max(len(train) // plan.batch_size, 1)
@@ -262,8 +294,8 @@ def fit(
         torch.manual_seed(seed)  # of layers that are made when they see the first images
         layout = stack.enter_context(_laid_out(model, data, where))
         optimizer = _optimizer(plan, model, where)
-        of = {"images": train.digest, "networks": hashlib.sha256(repr(model).encode()).hexdigest()[:16]}
-        done, save = _kept(checkpoint, (description, of), history, spare, model=model, optimizer=optimizer)
+        about = f"{objective}, {plan}, seed={seed}, images={len(train)}", _of(model, train)
+        done, save = _kept(checkpoint, about, history, spare, model=model, optimizer=optimizer)
         now = _now(history, where, amp, compiled)
         rate = _rate(optimizer, where)
         layers = layers_of(model, objective, next(data.subset(torch.arange(1)).batches(1))[0].to(where))
@@ -383,7 +415,7 @@ def evaluate(
     model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 1000, device: str = "cpu"
 ) -> dict[str, float]:
     """``accuracy`` in [0, 1] and ``cross_entropy`` in nats, in evaluation mode; the model's flags are restored."""
-    where = device_of(device)
+    data, where = checked_set("data", data), device_of(device)
     if len(data) == 0:
         raise ValueError("data holds no images to evaluate on")
     right, loss = 0.0, 0.0

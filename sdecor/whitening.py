@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sdecor.registers import OneOf
+from sdecor.masking import require_tensors
+from sdecor.registers import Between, OneOf
 
 Method = Literal["zca", "newton_schulz", "pca", "cholesky"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -36,7 +37,7 @@ def grouped(z: Tensor, group_size: int | None, *, layer: str = "features", at_le
         raise ValueError(f"layer '{layer}' {what}")
     channels = z.shape[1]
     g = channels if group_size is None else group_size
-    if g < 1 or channels % g:
+    if not isinstance(g, int) or g < 1 or channels % g:
         fitting = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
         what = f"does not divide the {channels} channels of layer '{layer}'; use one of {fitting}"
         raise ValueError(f"group_size={group_size} {what}")
@@ -143,6 +144,7 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 1e-5) 
     least of a float32 covariance is added to `eps`, and to a float64 one no less than its trace times 1e-14.
     """
     OneOf(METHODS).check("whitening method", method)
+    Between(0).check("eps", eps)
     identity = torch.eye(cov.shape[-1], dtype=torch.float64, device=cov.device)
     broken = ~cov.detach().isfinite().all(-1).all(-1)[..., None, None]  # no decomposition takes them: they become NaN
     s = torch.where(broken, identity, cov.double())
@@ -177,6 +179,7 @@ def whiten(
     The result is float32 or float64 of the shape of `z`, with mean 0 and, for `eps` far below the smallest eigenvalue,
     covariance I in each group. `eps` keeps constant channels and batches smaller than a group finite.
     """
+    require_tensors(z=z)
     with torch.autocast(z.device.type, enabled=False):
         return ungrouped(whitened(grouped(full_precision(z), group_size, layer=layer), method=method, eps=eps), z)
 

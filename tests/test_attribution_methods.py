@@ -116,6 +116,22 @@ def test_kernel_shap_refuses_samples_that_give_noise(count: int, least: int) -> 
     assert attribute(model, x, method="kernel_shap", segments=labels, samples=least).isfinite().all()
 
 
+def test_kernel_shap_leaves_no_value_undecided() -> None:
+    """Of sums a right fit is exact; in one draw of 100 so few sets as are allowed had decided too little."""
+
+    class Add(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            total = x.sum((1, 2, 3))
+            return torch.stack([total, -total], 1)
+
+    for count in (5, 7, 8):
+        x = torch.linspace(-3, 5, count, dtype=F64).view(1, 1, 1, count)
+        segments = torch.arange(count).view(1, 1, count)
+        for seed in range(60):
+            result = attribute(Add(), x, 0, "kernel_shap", segments=segments, samples=4 * count, seed=seed)
+            torch.testing.assert_close(result, x[:, 0], rtol=1e-9, atol=1e-9)
+
+
 def test_kernel_shap_is_complete_and_nearer_than_captums() -> None:
     model, x, y = trained()
     x, y = x[:2], y[:2]
@@ -417,6 +433,65 @@ def test_deeplift_is_checked_where_it_is_used(dtype: torch.dtype) -> None:
         assert "every nonlinearity of Far to be one of the modules ReLU" in str(error.value)
     right = attribute(Far(nn.ReLU()), x, y, "deeplift")
     torch.testing.assert_close(right, torch.stack([x[0] * 0 - 0.5, x[1] * 0 - 1, x[2] * 0 - 0.5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deeplift_in_half_precision_refuses_what_it_refuses(dtype: torch.dtype) -> None:
+    bends: list[Any] = [F.softplus, F.relu, F.relu6, lambda z: F.hardtanh(z, -1, 1)]
+    for bend in bends:
+        for seed in range(6):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), Called(bend), nn.Linear(12, 3))
+            for p in model.parameters():
+                p.data *= 3
+            with pytest.raises(ValueError, match="every nonlinearity"):
+                attribute(model.to(dtype), torch.randn(2, 1, 4, 4).to(dtype), 0, "deeplift")
+
+
+class Called(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def test_deeplift_within_autocast_is_that_without() -> None:
+    model, x = network(), images(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attribute(model, x, 0, "deeplift")
+    torch.testing.assert_close(inside, attribute(model, x, 0, "deeplift"), rtol=0, atol=0)
+
+
+class Side(nn.Module):
+    """A ReLU on the way to the logits, as a function or a module, and one beside it."""
+
+    def __init__(self, relu: Any, of: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.head, self.first = nn.Conv2d(1, 4, 3), nn.Linear(4, 3), nn.ReLU()
+        self.relu, self.aside, self.of = relu, nn.ReLU(), of
+        self.table = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(self.first(x))
+        beside = {"features": z, "constants": self.table, "detached": z.detach()}[self.of]
+        bias = self.aside(beside).mean() * (self.of != "features")
+        return self.head(self.relu(z).mean((2, 3))) + bias
+
+
+@pytest.mark.parametrize("of", ["features", "constants", "detached"])
+def test_relus_beside_the_way_to_the_logits(of: str) -> None:
+    x = torch.randn(3, 1, 6, 6)
+    right = attribute(Side(nn.ReLU(), of), x, 1, "guided_backprop")
+    plain = nn.Sequential(
+        *[getattr(Side(nn.ReLU(), of), n) for n in ("first", "a", "relu")], *(nn.AdaptiveAvgPool2d(1),)
+    )
+    plain = nn.Sequential(*plain, nn.Flatten(), Side(nn.ReLU(), of).head)
+    torch.testing.assert_close(right, captum("GuidedBackprop", plain, x, torch.tensor([1, 1, 1])))
+    with pytest.raises(ValueError, match="applies ReLU as a function"):
+        attribute(Side(F.relu, of), x, 1, "guided_backprop")
 
 
 class Branch(nn.Module):

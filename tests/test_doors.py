@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sdecor.attribution import ATTRIBUTIONS, attribute
 from sdecor.config import Objective, Schedule
+from sdecor.decorrelation import decorrelation
 from sdecor.evaluation import exhibit, grid_pointing_game, measure
 from sdecor.images import ImageData
 from sdecor.measures import Case, evaluate, faithfulness, robustness, sanity
@@ -25,6 +28,7 @@ from sdecor.prepare import remove_salient
 from sdecor.saliency import logits_and_gradient, logits_of
 from sdecor.training import device_of, fit
 from sdecor.training import evaluate as accuracy
+from sdecor.whitening import whiten
 
 K, SIDE = 5, 12
 COUNT = 6
@@ -235,11 +239,137 @@ def test_a_model_that_cuts_the_graph_is_refused_in_plain_words(method: str) -> N
         losses(Cut(), X, Y, Objective("consistency-absolute"))
 
 
+@pytest.mark.parametrize("name", ["consistency-absolute", "gradient-penalty", "adversarial", "saliencydecor-absolute"])
+def test_a_model_that_cuts_the_graph_below_a_head(name: str) -> None:
+    class Head(Net):
+        def forward(self, x: Tensor) -> Any:
+            with torch.no_grad():
+                z = self.flat(self.pool(self.relu(self.conv(x))))
+            return self.head(z)
+
+    settings = {"group_size": 4} if name == "saliencydecor-absolute" else {}
+    with pytest.raises(ValueError, match="^the logits of this model cannot be differentiated"):
+        fit(Head(), DATA, Objective(name, **settings), Schedule(epochs=1), progress=False)
+    assert fit(Head(), DATA, Objective("standard"), Schedule(epochs=1), progress=False).seconds
+
+
 @pytest.mark.parametrize("model", [None, lambda x: x, "lenet"])
 def test_a_model_is_a_module(model: Any) -> None:
-    for door in (logits_and_gradient, attribute):
+    doors: list[Any] = [logits_and_gradient, attribute, default_layers]
+    doors += [lambda m, _: fit(m, DATA, GUIDED), lambda m, _: measure(m, DATA), lambda m, _: accuracy(m, DATA)]
+    for door in doors:
         with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got "):
             door(model, X)
+
+
+@pytest.mark.parametrize("data", [(X, Y), [X], torch.utils.data.TensorDataset(X, Y)])
+def test_a_data_set_is_one_of_ours(data: Any) -> None:
+    doors: list[Any] = [lambda: fit(Net(), data, GUIDED), lambda: measure(Net(), data), lambda: accuracy(Net(), data)]
+    for door in doors:
+        with pytest.raises(ValueError, match="^(train|data) must be ImageData or ImageStream, got .*from_tensors"):
+            door()
+
+
+def test_what_training_is_told(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"schedule": Schedule(epochs=1), "progress": False}
+    by_name = fit(Net(), DATA, "standard", checkpoint=str(tmp_path / "ck.pt"), **how)  # type: ignore[arg-type]
+    assert by_name.terms == fit(Net(), DATA, Objective("standard"), **how).terms and (tmp_path / "ck.pt").exists()
+    with pytest.raises(ValueError, match="^schedule must be of the class Schedule, got int$"):
+        fit(Net(), DATA, GUIDED, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^objective must be of the class Objective, got dict$"):
+        fit(Net(), DATA, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", [1, [0, 1, 2, 3, 4, 0], Y.int(), Y.numpy()])
+def test_losses_take_every_kind_of_target(target: Any) -> None:
+    wanted = torch.as_tensor(target).long().expand(COUNT)
+    objective = Objective("standard")
+    assert losses(Net(), X, target, objective)["total"] == losses(Net(), X, wanted, objective)["total"]
+
+
+@pytest.mark.parametrize("z", [X.numpy(), [1.0], None, X * 1j])
+def test_features_are_a_tensor(z: Any) -> None:
+    for door in (whiten, decorrelation):
+        with pytest.raises(ValueError, match="^z must be "):
+            door(z)
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_a_ridge_is_a_number_from_0_on(eps: float) -> None:
+    with pytest.raises(ValueError, match="^eps must be finite and at least 0, got "):
+        whiten(torch.randn(9, 4), 2, eps=eps)
+
+
+@pytest.mark.parametrize("size", [2.0, "2", 0, -2, 3])
+def test_a_group_size_is_a_whole_number(size: Any) -> None:
+    for door in (whiten, decorrelation):
+        with pytest.raises(ValueError, match="^group_size=.* does not divide the 4 channels of layer 'features'"):
+            door(torch.randn(9, 4), group_size=size)
+
+
+def test_a_model_made_where_nothing_can_be_differentiated() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(400, K)).train()
+    for name in ATTRIBUTIONS:
+        with pytest.raises(ValueError, match="^Sequential was made under torch.inference_mode, .* load its state_dict"):
+            attribute(model, X, Y, name)
+    assert model.training and model[1].inplace and all(p.requires_grad for p in model.parameters())
+
+
+def test_modes_come_back_by_the_modules_own_train() -> None:
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode: bool = True) -> Merging:
+            if mode == self.merged:
+                self.weight.data += 1 if self.merged is False else -1
+                self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Merging(4, K))
+    model.train()[1].eval()
+    before = model[4].weight.clone()
+    attribute(model, X, Y)
+    assert [m.training for m in model] == [True, False, True, True, True]
+    assert not model[4].merged and torch.allclose(model[4].weight, before)
+
+
+def test_a_scripted_model_that_works_in_place() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(400, K))
+    expected = attribute(model, X, Y)
+    torch.testing.assert_close(attribute(torch.jit.script(model), X, Y), expected)
+
+
+def test_weights_made_of_the_images_have_their_share_of_the_gradient() -> None:
+    class Dynamic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bias = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.bias(x.mean((0, 2, 3)))
+            return F.conv2d(x, self.conv.weight, bias, (1, 1), (1, 1)).tanh().mean((2, 3))
+
+    model, leaf = Dynamic(), X[:1].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+    torch.testing.assert_close(attribute(model, X[:1], 0), expected)
+
+
+def test_a_model_of_one_size_with_a_pooled_gate_is_measured_without_mosaics() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.conv = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.conv(self.pool(x)).sigmoid()
+
+    size = 8 * SIDE**2
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Gate(), nn.Flatten(), nn.Linear(size, 8))
+    model.extend([nn.ReLU(), nn.Linear(8, K)])
+    metrics = measure(model, pictures(8))[0]
+    assert "grid_pointing_game" not in metrics and "gini" in metrics
+    assert "grid_pointing_game" in measure(Net(), pictures(8))[0]
 
 
 @pytest.mark.parametrize("x", [X.numpy(), X.tolist(), None])

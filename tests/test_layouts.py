@@ -13,7 +13,7 @@ from sdecor.attribution import attribute
 from sdecor.config import Objective, Schedule
 from sdecor.evaluation import measure
 from sdecor.images import ImageData
-from sdecor.models import channels_first
+from sdecor.models import channels_first, default_layers
 from sdecor.objective import Step, capture, losses
 from sdecor.saliency import frozen_eval
 from sdecor.training import fit
@@ -248,3 +248,86 @@ def test_buffers_have_their_layout_back_too() -> None:
     model = Buffered()
     fit(model, images(), Objective("standard"), Schedule(epochs=1), progress=False)
     assert model.filters.view(8, -1).shape == (8, 27)
+
+
+def test_whatever_looks_contiguous_two_ways_has_its_layout_back() -> None:
+    """A 1 x 1 convolution, one by depth, and one of grey images."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(), nn.Linear(512, 4))
+    strides = [p.stride() for p in model.parameters()]
+    fit(model, images(), Objective("standard"), Schedule(epochs=1), progress=False)
+    assert [p.stride() for p in model.parameters()] == strides
+    assert model[1](model[0](X)).view(len(X), -1).shape == (len(X), 512)
+    with pytest.raises(ValueError, match="labels must lie in 0..1"):
+        fit(other := nn.Sequential(*model[:3], nn.Linear(512, 2)), images(), Objective("standard"), progress=False)
+    assert [p.stride() for p in other.parameters()][:4] == strides[:4]
+
+
+def test_a_layout_that_only_training_cannot_take() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm1d(512), nn.Linear(512, 4)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.conv(x)
+            return self.head(self.norm(z.view(len(x), -1) if self.training else z.flatten(1)))
+
+    torch.manual_seed(0)
+    model = Viewed()
+    fit(model, images(), Objective("standard"), Schedule(epochs=3, batch_size=4), progress=False)
+    assert int(model.norm.num_batches_tracked) == 9  # the look for the layout has left no trace
+
+
+def test_another_output_in_training_is_refused_before_any_work() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x)
+            return (out, out) if self.training else out
+
+    model = Two().eval()
+    with pytest.raises(ValueError, match="it returned a tuple"):
+        fit(model, images(), Objective("standard"), progress=False)
+    assert not model.training
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (48, 40), (64, 72), (56, 64), (31, 97)])
+def test_sides_that_a_stage_rounds_up(shape: tuple[int, int]) -> None:
+    from torchvision.models import SwinTransformer
+
+    torch.manual_seed(0)
+    model = SwinTransformer([4, 4], 24, [2, 2, 2], [2, 2, 2], [4, 4], num_classes=4).double().eval()
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    for name, channels in (("features.1", 24), ("features.3", 48), ("features.5", 96)):
+        with torch.no_grad(), capture(model, (name,)) as found:
+            model(x)
+        assert found[name].shape[-1] == channels
+        module = model.get_submodule(name)
+        assert torch.equal(channels_first(found[name], module, x), found[name].movedim(-1, 1)), name
+        first = found[name].movedim(-1, 1)
+        assert channels_first(first, nn.Identity(), x) is first
+
+
+def test_parametrized_layers_and_layers_with_parts_are_layers() -> None:
+    from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+    class Active(nn.Conv2d):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    def model(conv: nn.Module) -> nn.Sequential:
+        behind = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), conv, *behind)
+
+    for of in (orthogonal, spectral_norm, weight_norm):
+        for place in (2, 6, 8):
+            net = model(nn.Conv2d(8, 16, 3))
+            of(net[place])
+            assert default_layers(net, X) == ("2", "6"), (of, place)
+    assert default_layers(model(Active(8, 16, 3)), X) == ("2", "6")
+    z, x = torch.randn(2, 5, 5, 5), torch.randn(2, 3, 10, 10)
+    assert torch.equal(channels_first(z, spectral_norm(nn.Linear(5, 5)), x), z.movedim(-1, 1))

@@ -270,6 +270,10 @@ RELU = {
     "torch": torch.relu,
     "method": lambda x: x.relu(),
     "method in place": lambda x: x.relu_(),
+    "statement": lambda x: (x.relu_(), x)[1],
+    "function as statement": lambda x: (F.relu(x, inplace=True), x)[1],
+    "function as statement, by place": lambda x: (F.relu(x, True), x)[1],
+    "relu_ as statement": lambda x: (torch.relu_(x), x)[1],
 }
 
 

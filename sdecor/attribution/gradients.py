@@ -66,10 +66,10 @@ def missed(result: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_captum(kind: str, model: Module, x: Tensor, y: Tensor, **how: Any) -> Tensor:
-    """What captum's method of that name, `made` with those options, gives; captum is imported when first needed."""
+    """What captum's method of that name gives; captum is imported when it is first needed."""
     import captum.attr
 
-    method = getattr(captum.attr, kind)(model, **how.pop("made", {}))
+    method = getattr(captum.attr, kind)(model)
     try:
         result: Tensor = method.attribute(x, target=y, **how)
     except RuntimeError:

@@ -31,14 +31,17 @@ def deeplift(model: nn.Module, x: Tensor, y: Tensor, rows: int, *, baseline: Val
 
     The sum is the difference of the logits, which is checked. Every nonlinearity must be a module that has a rule.
     """
-    kind, model, count = type(model).__name__, _rescalable(model, x), max(1, rows // 2)  # a row each for the baselines
-    smallest = max(1e-10, torch.finfo(x.dtype).tiny)  # change that captum divides by: 1e-10 is 0 in half precision
+    kind, start = type(model).__name__, torch.as_tensor(baseline)
+    if x.dtype in (torch.float16, torch.bfloat16):  # too coarse for the check
+        model, x, start = copy.deepcopy(model).float(), x.float(), start.float()
+    model, count = _rescalable(model, x), max(1, rows // 2)  # a row each for the baselines
     logits: list[Tensor] = []
     keep = _hooks([model], lambda module, inputs, output: logits.append(output))
     results = []
-    with _hooks(_rescaled(model), _own_input, before=True), keep:
-        for a, b, t in zip(*(v.split(count) for v in (x, torch.as_tensor(baseline), y)), strict=True):
-            results.append(by_captum("DeepLift", model, a.clone(), t, made={"eps": smallest}, baselines=b.clone()))
+    off = torch.autocast(x.device.type, enabled=False)
+    with _hooks(_rescaled(model), _own_input, before=True), keep, off:
+        for a, b, t in zip(*(v.split(count) for v in (x, start, y)), strict=True):
+            results.append(by_captum("DeepLift", model, a.clone(), t, baselines=b.clone()))
             missing, change = missed(results[-1], logits.pop(), t)
             for i in (~(missing == 0)).nonzero().flatten().tolist():
                 wanted = f"one of the modules {', '.join(kind.__name__ for kind in _RESCALED)}"
@@ -143,11 +146,11 @@ def _as_map(output: Tensor, x: Tensor) -> Tensor:
 def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor:
     """Gradient that each ReLU lets back only where it is positive. Every ReLU must be an ``nn.ReLU``."""
     relus = [m for m in model.modules() if isinstance(m, nn.ReLU)]
-    calls: list[nn.Module] = []
+    calls: set[Any] = set()  # nodes of the graph
     ends: list[Tensor] = []
     with (
         _hooks(relus, _own_input, before=True),
-        _hooks(relus, lambda module, *_: calls.append(module)),
+        _hooks(relus, lambda module, inputs, output: calls.add(output.grad_fn)),
         _hooks([model], lambda module, inputs, output: ends.append(output)),
     ):
         result = by_captum("GuidedBackprop", model, x, y)
@@ -156,8 +159,8 @@ def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor
         if (node := pending.pop()) is not None and node not in seen:
             seen.add(node)
             pending += [parent for parent, _ in node.next_functions]
-    found = sum(n.name() == "ReluBackward0" or getattr(n, "_saved_min", None) == 0 for n in seen)  # or clamp(min=0)
-    if not calls or found > len(calls):
+    found = {n for n in seen if n.name() == "ReluBackward0" or getattr(n, "_saved_min", None) == 0}  # or clamp(min=0)
+    if not found & calls or found - calls:
         problem = "applies ReLU as a function" if found else "has none"
         raise ValueError(f"guided_backprop needs ReLUs that are modules (nn.ReLU); {type(model).__name__} {problem}")
     return result
@@ -166,7 +169,8 @@ def guided_backprop(model: nn.Module, x: Tensor, y: Tensor, rows: int) -> Tensor
 def _own_input(module: nn.Module, inputs: Any) -> Any:
     # captum replaces the gradient of a module's input for whatever else uses that tensor, such as a shortcut, and too
     # late for another nonlinearity that made it: without a copy, DeepLIFT of ReLU and pooling in a row is wrong
-    return (inputs[0].clone(),)
+    own = inputs[0].clone()
+    return (own if own.requires_grad or not torch.is_grad_enabled() else own.requires_grad_(),)  # of a constant, captum
 
 
 @contextmanager

@@ -106,9 +106,8 @@ def kernel_shap(
     sizes = torch.arange(1, count)
     kernel = 1 / (sizes * (count - sizes)).double()  # for all sets of a size together
     if samples < exact:
-        drawn = torch.multinomial(kernel, samples // 2, replacement=True) + 1
-        halves = torch.rand(len(drawn), count).argsort(1).argsort(1) < drawn.unsqueeze(1)
-        weight = torch.ones(len(drawn), 1, dtype=torch.float64)
+        halves = _sets(kernel, count, samples // 2)
+        weight = torch.ones(len(halves), 1, dtype=torch.float64)
     else:
         halves = torch.tensor([(False, *rest) for rest in product((False, True), repeat=count - 1)][1:])
         each = kernel / torch.tensor([math.comb(count, size) for size in sizes.tolist()])
@@ -121,10 +120,23 @@ def kernel_shap(
     inverse = torch.linalg.pinv(free)
     values = inverse @ wanted
     if samples < exact:
-        leverage = (free * inverse.T).sum(1, keepdim=True)  # what an equation decides of its own residual
-        noisy(inverse * ((wanted - free @ values) / (1 - leverage).sqrt()).T, values + share)
+        residual = wanted - free @ values
+        own = 1 - (free * inverse.T).sum(1, keepdim=True)  # share of a residual that its equation does not decide
+        usual = residual.square().sum() / (len(free) - count + 1)
+        error = torch.where(own > 1e-6, residual.square() / own, usual).sqrt()
+        noisy(inverse * error.T, values + share)
     result: Tensor = (values[:, 0] + share).to(x)[labels]
     return result
+
+
+def _sets(kernel: Tensor, count: int, number: int) -> Tensor:
+    """Random sets of regions, drawn again if they leave values undecided, as one draw in a hundred of few may."""
+    while True:
+        sizes = torch.multinomial(kernel, number, replacement=True) + 1
+        sets = torch.rand(number, count).argsort(1).argsort(1) < sizes.unsqueeze(1)
+        equations = sets.double()
+        if torch.linalg.matrix_rank(equations - equations.mean(1, keepdim=True)) == count - 1:
+            return sets
 
 
 @attribution(label="Shapley value sampling", source="doi:10.1016/j.cor.2008.04.004", per_channel=False, slow=True)

@@ -139,7 +139,7 @@ class Case:
 @quantity()
 def saliency(attribution: Tensor) -> Tensor:
     """Magnitude of each pixel, (B, H, W)."""
-    return pixel_score(attribution if attribution.is_floating_point() else attribution.double())
+    return pixel_score(attribution)
 
 
 @quantity()

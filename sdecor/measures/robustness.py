@@ -236,9 +236,13 @@ class _SmoothReLU(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        named = kwargs or {}
         if func in (F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_):
-            return F.softplus(args[0] if args else (kwargs or {})["input"], self.beta)
-        return func(*args, **(kwargs or {}))
+            x: Tensor = args[0] if args else named["input"]
+            if func in (torch.relu_, Tensor.relu_) or named.get("inplace", args[1:] == (True,)):
+                return x.copy_(F.softplus(x.clone(), self.beta))
+            return F.softplus(x, self.beta)
+        return func(*args, **named)
 
 
 def _uphill(model: nn.Module, x: Tensor, target: Tensor, reference: Tensor) -> Tensor:
