@@ -1,19 +1,20 @@
 """The user's own code that a run depends on: its files, with what they import of their neighbours, as one short hash.
 
 What is read are the sources, without running them: an import that is computed, and files that the code reads, do not
-count. Of an installed package only its own modules do.
+count. Of an installed package only its own modules do. What is defined in a notebook has no file: see `_made_of`.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import hashlib
 import importlib.util
 import inspect
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,14 @@ def _meant(function: Callable[..., Any]) -> Any:
     return function if inspect.isclass(function) or hasattr(function, "__code__") else type(function)
 
 
+def home(function: Callable[..., Any]) -> str:
+    """Name of the module that a function was written in."""
+    return str(_meant(function).__module__)
+
+
 def foreign(function: Callable[..., Any]) -> bool:
     """Whether a function is from outside this package."""
-    return _meant(function).__module__.partition(".")[0] not in HOUSE
+    return home(function).partition(".")[0] not in HOUSE
 
 
 def file_of(module: str) -> Path | None:
@@ -47,33 +53,109 @@ def file_of(module: str) -> Path | None:
     return Path(path).resolve() if path and Path(path).is_file() else None
 
 
-def code(functions: Iterable[Callable[..., Any]] = (), modules: Iterable[str] = ()) -> str:
+def code(functions: Iterable[Any] = (), modules: Iterable[str] = ()) -> str:
     """Sixteen hexadecimal digits of the sources of functions and modules, empty if there are none."""
-    meant = [_meant(function) for function in functions]
-    files = {file: name for name in (*modules, *(f.__module__ for f in meant)) if (file := file_of(name))}
+    functions = list(functions)
+    named = (*modules, *map(home, functions))
+    files = {file: name for name in named if (file := file_of(name))}
     parts = sorted({part for file, name in files.items() for part in _with_imports(file, name)})
-    texts = sorted(_text(f) for f in meant if not file_of(f.__module__))  # such as of a notebook's cell
+    plain = (f for f in functions if not (inspect.isfunction(f) and f.__closure__ is None) and not inspect.isclass(f))
+    more = [*plain, *(f for f in functions if not file_of(home(f)))]
+    texts = sorted(repr(_made_of(function, {})) for function in more)
     return hashlib.sha256(repr((parts, texts)).encode()).hexdigest()[:16] if parts or texts else ""
 
 
-_loaded: WeakKeyDictionary[Callable[..., Any], str] = WeakKeyDictionary()
+_loaded: WeakKeyDictionary[types.ModuleType, str] = WeakKeyDictionary()
 
 
-def check_loaded(function: Callable[..., Any]) -> None:
-    """Raise ValueError if the sources of a function are not those of the first time that this was asked of it."""
-    meant = _meant(function)
-    if _loaded.setdefault(meant, now := code([meant])) != now:
-        problem = f"{file_of(meant.__module__)}, or what it imports, has changed since it was loaded"
-        raise ValueError(f"{problem}; start Python anew")
+def check_loaded(name: str) -> None:
+    """Raise ValueError if the file of a loaded module is not that of the first time that this was asked of it."""
+    file, module = file_of(name), sys.modules.get(name)
+    if file and module and _loaded.setdefault(module, now := code(modules=[name])) != now:
+        raise ValueError(f"{file}, or what it imports, has changed since it was loaded; start Python anew")
 
 
-def _text(function: Any) -> str:
-    """Source of what was defined in a cell, else its instructions."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        body = getattr(function, "__code__", None)
-        return repr(_instructions(body)) if body else str(function.__qualname__)
+def _made_of(thing: Any, seen: dict[int, Any]) -> Any:
+    """What something consists of, as far as it is from a notebook: its instructions, and all that they reach.
+
+    What it reaches in files of the user's own counts by these, numbers and texts by themselves, what is installed by
+    its name, and objects of installed classes by how they are printed.
+    """
+    if isinstance(thing, bool | int | float | complex | str | bytes | None):
+        return repr(thing)
+    if id(thing) in seen:
+        return ""
+    seen[id(thing)] = thing  # kept, so that no other one is given its id
+    label, parts = _parts(thing)
+    return [label, *(_made_of(part, seen) for part in parts)]
+
+
+def _parts(thing: Any) -> tuple[Any, list[Any]]:
+    """What can be said of a thing at once, and what of it is to be looked into."""
+    if isinstance(thing, Mapping):
+        return "", [part for key in sorted(thing, key=str) for part in (key, thing[key])]
+    if isinstance(thing, tuple | list | set | frozenset):
+        return "", sorted(thing, key=repr) if isinstance(thing, set | frozenset) else [*thing]
+    if isinstance(thing, partial):
+        return "", [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, types.MethodType | staticmethod | classmethod):
+        return "", [thing.__func__, getattr(thing, "__self__", None)]
+    if isinstance(thing, property):
+        return "", [thing.fget, thing.fset]
+    if isinstance(thing, types.ModuleType):
+        return _files(thing.__name__), []
+    named = thing if inspect.isfunction(thing) or inspect.isclass(thing) else type(thing)
+    label, files = named.__qualname__, _files(named.__module__)
+    if inspect.isfunction(thing):
+        return _of_function(thing) if not files else ((label, files), _cells(thing))
+    if inspect.isclass(thing):
+        own = {} if files else {n: v for n, v in vars(thing).items() if _matters(n, v)}
+        return (label, files, sorted(own)), [*thing.__bases__, *(own[name] for name in sorted(own))]
+    if files == [named.__module__]:  # which may be anything
+        text = repr(thing)
+        return label if " at 0x" in text else text, []
+    return label, [named, getattr(thing, "__dict__", {})]
+
+
+def _files(module: str) -> list[Any]:
+    """Names and hashes of a module's files, if it is the user's own; its name, if not; nothing of a notebook."""
+    file = file_of(module)
+    if file is None:
+        return [] if module == "__main__" else [module]
+    installed = _INSTALLED & set(file.parts) or any(file.is_relative_to(path) for path in _STANDARD)
+    if installed or module.partition(".")[0] in HOUSE:
+        return [module]
+    check_loaded(module)
+    return sorted(_with_imports(file, module))
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+
+
+def _matters(name: str, value: Any) -> bool:
+    """Whether something in the namespace of a class was written there."""
+    written = isinstance(value, types.FunctionType | property | staticmethod | classmethod)
+    return written or not (name.startswith("__") and name.endswith("__"))
+
+
+def _of_function(function: types.FunctionType) -> tuple[Any, list[Any]]:
+    names, imports = _names(function.__code__)
+    reached = [function.__globals__[name] for name in names if name in function.__globals__]
+    label = _instructions(function.__code__), names, [_files(name) for name in imports]
+    return label, [*_cells(function), function.__defaults__, function.__kwdefaults__, *reached]
+
+
+def _names(body: types.CodeType) -> tuple[list[str], list[str]]:
+    """Globals that instructions read, and modules that they import."""
+    found: tuple[set[str], set[str]] = (set(), set())
+    for step in dis.get_instructions(body):
+        found[0].update([step.argval] if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ())
+        found[1].update([step.argval] if step.opname == "IMPORT_NAME" else ())
+    for inner in (constant for constant in body.co_consts if isinstance(constant, types.CodeType)):
+        for mine, more in zip(found, _names(inner), strict=True):
+            mine.update(more)
+    return sorted(found[0]), sorted(found[1])
 
 
 def _instructions(body: types.CodeType) -> tuple[Any, ...]:

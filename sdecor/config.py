@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
-from sdecor._code import HOUSE, check_loaded, code, foreign
+from sdecor._code import HOUSE, check_loaded, code, foreign, home
 from sdecor._files import files_below
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
@@ -371,7 +371,7 @@ class Run:
         modules = [module] if factory and module.partition(".")[0] not in HOUSE else []
         modules += [method.function.__module__] if foreign(method.function) else []  # its weights, say
         for function in (mine := [function for function in used if foreign(function)]):
-            check_loaded(function)
+            check_loaded(home(function))
         return code(mine, modules)
 
     def _values(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from sdecor._code import check_loaded, foreign
+from sdecor._code import check_loaded, foreign, home
 from sdecor.registers import MODELS, Between, OneOf, WrongType
 from sdecor.saliency import checked_images, checked_model, frozen_eval, logits_of
 
@@ -157,7 +157,7 @@ def build(name: str, in_channels: int, num_classes: int, image_size: int, **opti
     if image_size < (smallest := _SMALLEST.get(name, 1)):
         raise ValueError(f"{image_size=} is too small for {name}, which needs at least {smallest}")
     if foreign(make):
-        check_loaded(make)
+        check_loaded(home(make))
     _check_parameters(name, make, checked)
     net = make(in_channels, num_classes, image_size, **checked)
     if not isinstance(net, nn.Module):

@@ -113,13 +113,25 @@ def _short(value: Any) -> Any:
 
 
 def network(run: Run, shape: Mapping[str, int]) -> nn.Module:
-    """The fresh network of a run, for images and classes of this `SHAPE`, with what its method changes of it."""
+    """The fresh network of a run, for images and classes of this `SHAPE`, with what its method changes of it.
+
+    If the code of one's own is not that of the description, or finds more files now that it is loaded, it is a
+    ValueError.
+    """
+    check_code(run)
     channels, classes, side = (shape[name] for name in SHAPE)
-    model, change = (
-        build(run.model.name, channels, classes, side, **dict(run.model.options)),
-        METHODS[run.method].network,
-    )
+    model = build(run.model.name, channels, classes, side, **dict(run.model.options))
+    check_code(run)  # now that it is loaded
+    change = METHODS[run.method].network
     return change(model, torch.zeros(1, channels, side, side)) if change else model
+
+
+def check_code(run: Run) -> None:
+    """Raise ValueError unless the user's own code is that which the run was described for."""
+    if run.code != (now := run.code_now()):
+        problem = f"run {run.key} was described for other files of your own than those of now ({run.code}, {now})"
+        path = "files that are found only after a change of sys.path belong on PYTHONPATH"
+        raise ValueError(f"{problem}; put them back, or describe the run anew; {path}")
 
 
 class Store:
@@ -193,9 +205,6 @@ class Store:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record.weights_sha256:
             raise ValueError(f"{path} is not the file that its record describes; delete both to train again")
-        if run.code != (now := run.code_now()):
-            problem = f"{run.key} was described for other files of your own than those of now ({run.code}, {now})"
-            raise ValueError(f"run {problem}; put them back, or describe the run anew")
         model = network(run, record.shape)
         model.load_state_dict(safetensors.torch.load(content))
         return model.eval()

@@ -259,6 +259,130 @@ for width in (4, 64, 4):
     assert said[0] == said[1] and said[0][0] == said[0][2] != said[0][1]
 
 
+#: Cells that define a factory, with 4 for the width or with 64, a text that the first line of each loop replaces.
+CELLS = {
+    "a class that a function calls": """
+class Net(torch.nn.Linear):
+    def __init__(self): super().__init__(4, WIDTH)
+def make(c, k, s): return Net()
+""",
+    "a class": """
+class make(torch.nn.Linear):
+    def __init__(self, c, k, s): super().__init__(c, WIDTH)
+""",
+    "a base, and a method of a kind": """
+class Base:
+    @staticmethod
+    def width(): return WIDTH
+class make(Base, torch.nn.Module):
+    def __init__(self, c, k, s): super().__init__()
+""",
+    "a global": """
+HIDDEN = WIDTH
+def make(c, k, s): return torch.nn.Linear(c, HIDDEN)
+""",
+    "a global in a function inside": """
+HIDDEN = {"of": [WIDTH]}
+def make(c, k, s): return (lambda: HIDDEN["of"])()
+""",
+    "an argument given before": """
+from functools import partial
+def wide(c, k, s, hidden): return torch.nn.Linear(c, hidden)
+make = partial(wide, hidden=WIDTH)
+""",
+    "a variable of the function around": """
+def around(hidden):
+    def make(c, k, s): return torch.nn.Linear(c, hidden)
+    return make
+make = around(WIDTH)
+""",
+    "a default": """
+def make(c, k, s, *, hidden=WIDTH): return torch.nn.Linear(c, hidden)
+""",
+    "an object": """
+class Maker:
+    def __init__(self, hidden): self.hidden = hidden
+    def __call__(self, c, k, s): return torch.nn.Linear(c, self.hidden)
+make = Maker(WIDTH)
+""",
+    "a function of a function": """
+def inner(c): return torch.nn.Linear(c, WIDTH)
+def make(c, k, s): return inner(c)
+""",
+    "a decorator": """
+import functools
+def scaled(width):
+    def around(function):
+        @functools.wraps(function)
+        def call(*args): return function(*args, width)
+        return call
+    return around
+@scaled(WIDTH)
+def make(c, k, s, width): return torch.nn.Linear(c, width)
+""",
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_whatever_a_factory_of_a_notebook_reaches_counts(name: str) -> None:
+    ask = f"""
+import torch
+from sdecor.config import Run
+for width in ("4", "64", "4"):
+    exec(compile({CELLS[name]!r}.replace("WIDTH", width), "<cell>", "exec"))
+    print(Run.of(model="__main__:make").key)
+"""
+    said = [subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.split() for _ in "ab"]
+    assert said[0] == said[1] and said[0][0] == said[0][2] != said[0][1]
+
+
+def test_files_that_a_notebook_imports_count(tmp_path: Path) -> None:
+    ask = f"""
+import sys
+from sdecor.config import Run
+sys.path.insert(0, {str(tmp_path)!r})
+import torch, mynet
+def make(c, k, s): return mynet.build(c)
+def late(c, k, s):
+    import mynet
+    return mynet.build(c)
+for name in ("make", "late"):
+    print(Run.of(model=f"__main__:{{name}}").key)
+if len(sys.argv) > 1:
+    open({str(tmp_path / "mynet.py")!r}, "a").write("# more")
+    try:
+        Run.of(model="__main__:make")
+    except ValueError as error:
+        print("start Python anew" in str(error))
+"""
+    keys = []
+    for width, more in ((4, []), (64, []), (4, ["edit"])):
+        (tmp_path / "mynet.py").write_text(f"import torch\ndef build(c): return torch.nn.Linear(c, {width})\n")
+        done = subprocess.run([sys.executable, "-c", ask, *more], capture_output=True, text=True, check=True)
+        keys.append(done.stdout.split())
+    assert keys[2] == [*keys[0], "True"] and not set(keys[0]) & set(keys[1])
+
+
+def test_what_a_factory_finds_by_changing_the_path_is_refused_before_training(tmp_path: Path) -> None:
+    for folder in ("lib", "exp"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lib" / "blocks.py").write_text("def width(): return 4\n")
+    (tmp_path / "exp" / "mine.py").write_text(
+        "import sys, torch\nsys.path.insert(0, '../lib')\nfrom blocks import width\n"
+        "def make(c, k, s):\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(c, width(), 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),"
+        " torch.nn.Flatten(), torch.nn.Linear(width(), k))\n"
+    )
+    words = "train --data digits --limit 60 --epochs 1 --evaluate-on val --quiet --method standard --model mine:make"
+    how: dict[str, Any] = {"cwd": tmp_path / "exp", "capture_output": True, "text": True}
+    command = [sys.executable, "-m", "sdecor", *words.split(), "--store", str(tmp_path / "store")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, **how)
+    assert done.returncode == 2 and done.stderr.endswith("only after a change of sys.path belong on PYTHONPATH\n")
+    assert done.stderr.count("\n") == 1 and not [*(tmp_path / "store").glob("results/*/*")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f".{os.pathsep}../lib"}, **how)
+    assert done.returncode == 0, done.stderr
+
+
 OWN_DATA = """
 import torch
 from pathlib import Path
