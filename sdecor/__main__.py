@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from sdecor._files import expanded
 from sdecor.config import FOLDER, PAIRED, Run, flat_fields, flat_options, method_grid
 from sdecor.registers import REGISTERS, USE, literal
 
@@ -195,6 +196,7 @@ def show_plan(name: str, preset: str, seeds: int | None, data: str, device: str,
     course, shelf = _course(name, preset, seeds, data), _store(store, data_root)
     prices = rehearsal.Prices(shelf, device, course.amp, root=data_root or None)
     click.echo(f"{course.plan.title} ({preset}), records in {shelf.root}")
+    planned.say_otherwise(course, shelf, device)
     state = course.state(planned.accuracy(shelf))
     done = {todo.run.key: ready for todo, ready in planned.work(course, shelf, state)}
     for arm in course.arms.values():
@@ -317,14 +319,16 @@ def _numbers(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise ValueError(f"seeds must look like 0-4 or 0,1,2, got '{text}'")
     ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    if sum(end[-1] - end[0] for end in ends) > 10_000:
+        raise ValueError(f"seeds must be 10,000 at most, got '{text}'")
     if wrong := [end for end in ends if end[0] > end[-1]]:
         raise ValueError(f"seeds must go upwards, such as {wrong[0][1]}-{wrong[0][0]}, got '{text}'")
-    return [n for end in ends for n in range(end[0], end[-1] + 1)]
+    return list(dict.fromkeys(n for end in ends for n in range(end[0], end[-1] + 1)))
 
 
 def _is_of(run: Run, data: str) -> bool:
     """Whether a run is on this data set, or on the folder of this path, however it is written."""
-    same = run.data.path is not None and run.data.path == Path(data.removeprefix(FOLDER)).expanduser().resolve()
+    same = run.data.path is not None and run.data.path == expanded(data.removeprefix(FOLDER)).resolve()
     return data in ("", run.data.name) or same
 
 
@@ -364,16 +368,18 @@ def show(store: str, data_root: str, data: str, run: str) -> None:
     """Show what the records of a store say: mean ± standard deviation over seeds."""
     shelf = _store(store, data_root)
     if run:
-        paths = sorted(shelf.root.glob(f"results/*/{run}*.json"))
+        paths = sorted(p for p in shelf.root.glob("results/*/*.json") if p.stem.startswith(run))
         if len(paths) != 1:
             raise ValueError(f"{len(paths)} records in {shelf.root} have a key that begins with '{run}'")
         click.echo(paths[0].read_text(encoding="utf-8"), nl=False)
         return
+    from sdecor.experiment import mixed
     from sdecor.report import overview
 
     records = [record for record in shelf.records() if _is_of(record.run, data)]
     if not records:
         raise ValueError(f"no records{f' of {data}' if data else ''} in {shelf.root}; name another folder with --store")
+    mixed(records)
     click.echo(overview(records).to_string(index=False))
 
 

@@ -21,10 +21,18 @@ _OTHER_IMAGES = frozenset(
     ".npz .orf .pcx .pdf .ps .psd .raf .raw .rw2 .sgi .svg .svgz .wmf .xbm .xcf .xpm".split()
 )
 _LEFT_BY_TOOLS = frozenset(
-    "__macosx thumbs.db ehthumbs.db desktop.ini icon\r @eadir #recycle $recycle.bin lost+found __pycache__".split(" ")
-) | {"system volume information"}
+    "__macosx thumbs.db ehthumbs.db desktop.ini @eadir #recycle @recycle $recycle.bin lost+found __pycache__".split()
+) | {"icon\r", "system volume information", "temporary items", "network trash folder"}
 
 _NAME = attrgetter("name")
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` for a home; ValueError if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
 def left_by_tools(name: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
 from sdecor._code import HOUSE, check_loaded, code, foreign, home
-from sdecor._files import files_below
+from sdecor._files import expanded, files_below
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
 C = TypeVar("C", bound=type)
@@ -109,7 +109,7 @@ def checked_data(
     if name in ("", FOLDER):
         raise ValueError(f"data must be a data set or an image folder (folder:PATH), got {name!r}")
     if name.startswith(FOLDER) or (name not in registers.DATASETS and Path(name).is_dir()):
-        path = Path(name.removeprefix(FOLDER)).expanduser()
+        path = expanded(name.removeprefix(FOLDER))
     elif name not in registers.DATASETS or name == "folder":
         known = ", ".join(other for other in registers.DATASETS if other != "folder")
         raise UnknownName(f"unknown data set '{name}'; known: {known}, or an image folder (folder:PATH)")
@@ -162,7 +162,7 @@ class Data:
     def path(self) -> Path | None:
         """Absolute path of an image folder, None for a data set by name."""
         folder = self.name.startswith(FOLDER)
-        return Path(self.name.removeprefix(FOLDER)).expanduser().resolve() if folder else None
+        return expanded(self.name.removeprefix(FOLDER)).resolve() if folder else None
 
 
 @described

@@ -163,7 +163,10 @@ def _divided(images: Tensor, labels: Tensor, split: str, train: int) -> tuple[Te
 def mnist(request: Request, *, download: bool = True) -> tuple[Tensor, Tensor]:
     """Handwritten digits, grey: 50,000 / 10,000 / 10,000 images; `download` fetches what is missing."""
     provide("mnist", request.root, download=download)
-    source = datasets.MNIST(str(request.root), train=request.split != "test")
+    try:
+        source = datasets.MNIST(str(request.root), train=request.split != "test")
+    except RuntimeError as error:
+        raise ValueError(f"MNIST under {request.root} is damaged ({error}); delete it and fetch again") from error
     return _divided(source.data[:, None], source.targets, request.split, 50_000)
 
 
@@ -392,7 +395,16 @@ def _shuffled(files: Files, seed: int = 0) -> Files:
     return [files[i] for i in permutation(len(files), seed).tolist()]
 
 
-_decoded = lru_cache(maxsize=6)(decode_all)  # because a grid loads the same set for every run
+def _decoded(paths: tuple[str, ...], size: int) -> Tensor:
+    """As `decode_all`, once, because a grid loads the same set for every run; again if a file has changed."""
+    stats = [os.stat(path) for path in paths]
+    stamps = tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino, s.st_dev) for s in stats)
+    return _decoded_once(paths, size, stamps)
+
+
+@lru_cache(maxsize=6)
+def _decoded_once(paths: tuple[str, ...], size: int, stamps: tuple[tuple[int, ...], ...]) -> Tensor:
+    return decode_all(paths, size)
 
 
 def _from_files(

@@ -233,6 +233,8 @@ def tabulate(
     Too few images, or streamed ones, raise ValueError, and missing weights FileNotFoundError.
     """
     names = [ATTRIBUTIONS[name].name for name in (ATTRIBUTIONS if attributions is None else attributions)]
+    if not isinstance(images, int) or images < 1:
+        raise ValueError(f"images must be a whole number, 1 or more, got {images}")
     path, record = store.path("tables", run, ".csv"), store.record(run)
     with locked(path.with_suffix(".lock")):
         read = partial(_read, path, images, {n: stamp(n, record) for n in (*CONTROLS, *ATTRIBUTIONS)})

@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,6 +79,24 @@ def otherwise(
     if stale := [r.run.key for r in records if now and r.environment.get("own_measures", "") != now]:
         what = f"{len(stale)} records, such as {stale[0]}, were"
         log.warning("%s measured without your own measures as they are now; `sdecor measure` does it again", what)
+
+
+def mixed(records: Iterable[Record]) -> None:
+    """Warn of records on one data set that were computed in several ways, or on other images at the same seed."""
+    ways, images = defaultdict(Counter), defaultdict(set)  # type: ignore[var-annotated]
+    for record in records:
+        run = record.run
+        if record.ways:
+            ways[run.data.name][" and ".join(record.ways)] += 1
+        for split, digest in record.environment.get("images", {}).items():
+            images[run.data, run.seed, split].add(digest)
+    for data, found in ways.items():
+        if len(found) > 1:
+            each = "; ".join(f"{count} on {had}" for had, count in found.items())
+            log.warning("the records of %s were not all computed in one way: %s", data, each)
+    for (of, seed, split), digests in images.items():
+        if len(digests) > 1:
+            log.warning("the %s images of %s at seed %d are not the same in all records", split, of.name, seed)
 
 
 def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any]) -> Record:

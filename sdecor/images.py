@@ -133,8 +133,10 @@ class _Images(ABC):
 
     def subset(self, which: int | Sequence[int] | Tensor) -> Self:
         """The images at these indices; a number draws that many by a constant seed (nested, order kept)."""
-        number = isinstance(which, int)
-        index = permutation(len(self))[:which].sort().values if number else torch.as_tensor(which).cpu()
+        if isinstance(which, int) and which < 0:
+            raise ValueError(f"the number of images must be at least 0, got {which}")
+        drawn = isinstance(which, int)
+        index = permutation(len(self))[:which].sort().values if drawn else torch.as_tensor(which).cpu()
         return self._at(torch.arange(len(self))[index])
 
     def _paths_at(self, index: Tensor) -> tuple[str, ...]:
@@ -197,6 +199,10 @@ class ImageData(_Images):
 
     def __post_init__(self) -> None:
         if self.masks is not None:
+            if not isinstance(self.masks, Tensor):
+                raise ValueError(f"masks must be a tensor, got {type(self.masks).__name__}; use torch.as_tensor")
+            if self.masks.dtype != torch.bool and not ((self.masks == 0) | (self.masks == 1)).all():
+                raise ValueError("masks must be bool, or hold nothing but 0 and 1")
             if self.masks.shape != (wanted := self.images[:, 0].shape):
                 raise ValueError(f"masks must have shape {tuple(wanted)}, got {tuple(self.masks.shape)}")
             object.__setattr__(self, "masks", self.masks.to(self.images.device, torch.bool))
@@ -334,6 +340,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
+def _depths(image: ImageFile) -> list[int]:
+    """Bits less one of each component of a JPEG 2000 file, plus 128 if it is signed, from the head of its stream."""
+    with open(image.filename, "rb") as file:
+        content = file.read()
+    head = content[content.find(b"\xff\x4f\xff\x51") :]
+    return [head[42 + 3 * i] for i in range(int.from_bytes(head[40:42]))]
+
+
 def _colours(image: ImageFile) -> Image.Image:
     """RGB of 8 bits, upright and without transparency; an image for which these are not certain is `_Unfit`."""
     tags, args = getattr(image, "tag_v2", {}), image.tile[0][3] if image.tile else None
@@ -345,6 +359,11 @@ def _colours(image: ImageFile) -> Image.Image:
     signed = 2 in tags.get(ExifTags.Base.SampleFormat, ())
     if (image.mode in ("I", "F") and not wide) or stored == "I;12" or inverted or signed:
         raise _Unfit(f"mode {image.mode}, stored as {stored}, has no certain range; save it with 8 or 16 bits")
+    if image.format == "JPEG2000" and _depths(image) not in ([7], [15], [7, 7], [7, 7, 7], [7, 7, 7, 7]):
+        raise _Unfit("JPEG 2000 with other than 8 bits, or 16 of grey, is not read rightly; save it as PNG")
+    deep = tags.get(ExifTags.Base.SamplesPerPixel, 1) > 1 and 16 in tags.get(ExifTags.Base.BitsPerSample, ())
+    if deep and tags.get(ExifTags.Base.PlanarConfiguration) == 2 and image.tile and image.tile[0][0] == "raw":
+        raise _Unfit("TIFF with 16 bits and a plane for each colour is not read rightly; save it as PNG")
     transparent = image.has_transparency_data
     if transparent and stored == "RGB;16B":
         raise _Unfit("mode RGB with 16 bits and a transparent colour; save it with 8 bits or an alpha channel")

@@ -224,7 +224,7 @@ def default_layers(model: nn.Module, images: Tensor, *, place: str = "before") -
       one) is none.
     - The linear layer is the `nn.Linear` before the head, if no convolution, attention or layer norm lies between
       them; otherwise the last 2-D pooling to one position after that convolution (`avgpool` of a residual network).
-    - Gates and side heads of linear layers, used late, may be taken for one of these: pass the layers by name then.
+    - Gates and side heads that are used late may be taken for one of these: pass the layers by name then.
     - Behind the nonlinearity is the next activation beside the layer, if it acts once, else the block that the layer is
       in; a pooling stays.
 
@@ -351,10 +351,12 @@ def _factory(name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module_name), attribute, None)
     except ModuleNotFoundError as error:
-        # a missing import inside the user's own module is the user's to see as it is
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise ValueError(f"model {name!r}: no module {module_name!r}; install it or put it on PYTHONPATH") from None
+        if (module_name + ".").startswith(f"{error.name}."):
+            problem = f"no module {module_name!r}; install it or put it on PYTHONPATH"
+            raise ValueError(f"model {name!r}: {problem}") from None
+        raise ValueError(f"model {name!r}: {module_name!r} imports {error.name!r}, which is not there") from error
+    except SyntaxError as error:
+        raise ValueError(f"model {name!r}: {error.filename}, line {error.lineno}: {error.msg}") from error
     if found is None:
         raise ValueError(f"model {name!r}: module {module_name!r} has no {attribute!r}")
     if isinstance(found, nn.Module):

@@ -130,6 +130,12 @@ def results(course: Course, store: Store) -> Results:
     return replace(out, missing={name: n for name, n in left.items() if n})
 
 
+def say_otherwise(course: Course, store: Store, device: str, compiled: bool = False) -> None:
+    """Warn of records of a plan that were computed in another way than is asked for now."""
+    known = [record for todo, ready in work(course, store) if ready and (record := store.record(todo.run)) is not None]
+    otherwise(known, store, device, course.amp, compiled)
+
+
 def run_plan(
     course: Course,
     store: Store,
@@ -154,8 +160,7 @@ def run_plan(
     _tidy(course, store)
     after()
     listed = list(work(course, store))
-    known = [record for todo, ready in listed if ready and (record := store.record(todo.run)) is not None]
-    otherwise(known, store, device, course.amp, compiled)
+    say_otherwise(course, store, device, compiled)
     if all(ready for _, ready in listed):
         return
     context = multiprocessing.get_context("spawn")

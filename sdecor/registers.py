@@ -287,12 +287,15 @@ def use(*names: str) -> None:
     """Import modules, or Python files, whose registrations are wanted; each once."""
     for name in filter(None, names):
         if not name.endswith(".py"):
+            unknown = f"no module '{name}' to use; give a module on PYTHONPATH, or a file FILE.py"
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ValueError(unknown)
             try:
                 importlib.import_module(name)
             except ModuleNotFoundError as error:
-                if error.name != name:
+                if not (name + ".").startswith(f"{error.name}."):
                     raise
-                raise ValueError(f"no module '{name}' to use; give a module on PYTHONPATH, or a file FILE.py") from None
+                raise ValueError(unknown) from None
             continue
         path = Path(name).resolve()
         alias = f"sdecor_use_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

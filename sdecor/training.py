@@ -394,7 +394,7 @@ def _compiled(model: nn.Module) -> Iterator[Any]:
 
 def _draw(seed: int, epoch: int, order: torch.Generator, noise: torch.Generator) -> None:
     """Seed the sources of order and augmentation, and of masks, and torch's global state, which is for dropout."""
-    draw = torch.manual_seed(seed * 1_000_003 + epoch).initial_seed()
+    draw = torch.manual_seed((seed * 1_000_003 + epoch) % 2**63).initial_seed()
     order.manual_seed(draw)
     noise.manual_seed(draw + 500_009)
 

@@ -240,6 +240,27 @@ def test_cuda_asked_for_and_absent(tmp_path: Path) -> None:
 def test_seeds_go_upwards(tmp_path: Path) -> None:
     said = "seeds must go upwards, such as 0-4, got '1,4-0'"
     assert refused("grid", "--store", tmp_path, "--seeds=1,4-0") == said
+    said = "seeds must be 10,000 at most, got '0-999999999999'"
+    assert refused("grid", "--store", tmp_path, "--seeds=0-999999999999") == said
+
+
+def test_seeds_of_every_size_and_seeds_that_come_twice(tmp_path: Path) -> None:
+    call("train", "--store", tmp_path, "--method", "standard", "--seed", 20240101123456, *QUIET)
+    call("grid", "--store", tmp_path, "--methods", "standard", "--seeds", "0,0", "--quiet", *DIGITS)
+    assert sorted(record.run.seed for record in Store(tmp_path).records()) == [0, 20240101123456]
+
+
+def test_a_home_that_nobody_has(tmp_path: Path) -> None:
+    for path in ("folder:~nobody_of_that_name/x", "~nobody_of_that_name/x"):
+        said = refused("train", "--store", tmp_path, "--data", path)
+        assert said.startswith("~nobody_of_that_name/x: ") or said.startswith("unknown data set"), said
+
+
+def test_what_show_is_asked_for_is_no_pattern(tmp_path: Path) -> None:
+    call("train", "--store", tmp_path, "--method", "standard", *QUIET)
+    assert (
+        refused("show", "--store", tmp_path, "--run", "*") == f"0 records in {tmp_path} have a key that begins with '*'"
+    )
 
 
 def test_whoever_has_seen_enough_ends_it_without_a_word() -> None:

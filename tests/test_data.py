@@ -6,6 +6,7 @@ import doctest
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,27 @@ def test_ten_classes_of_imagenet_are_a_folder_below_the_root(
     assert [len(d) for d in (train, val, test)] == [18, 2, 4]
     assert train.name == "imagenet10" and train.image_size == 64 and train.mean == test.mean
     assert isinstance(test, ImageData) and test.paths[-1] == "test/b/x.PNG"
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(root / "imagenet10" / "test" / "b" / "x.PNG")
+    changed = load("imagenet10", root, split="test")
+    assert isinstance(changed, ImageData) and changed.images[-1, 0].min() == 255 and changed.digest != test.digest
+
+
+def test_a_relative_root_is_that_of_the_folder_one_is_in(
+    folder: Path, tmp_path: Path, few: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few("imagenet10", 2, train=20, test=6)
+    shutil.copytree(folder / "test" / "a", folder / "test" / "b")
+    found = []
+    for place in ("one", "two"):
+        (tmp_path / place / "imagenet10").mkdir(parents=True)
+        for split in ("train", "test"):
+            shutil.copytree(folder / split, tmp_path / place / "imagenet10" / split)
+    path = next((tmp_path / "two" / "imagenet10" / "test").rglob("*.png"))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    for place in ("one", "two"):
+        monkeypatch.chdir(tmp_path / place)
+        found.append(load("imagenet10", ".", "test").digest)
+    assert found[0] != found[1]
 
 
 # Files of known data sets

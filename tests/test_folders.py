@@ -345,6 +345,38 @@ refused("integers", "tif", of_type(np.int32, "TIFF"), "(mode I, stored as I;32S,
 refused("signed_16", "tif", lambda d: tiff(d.values().astype("<i2"), 16, SampleFormat=2), "mode I, stored as I;16S")
 refused("signed_8", "tif", lambda d: tiff(d.values().astype("i1"), 8, SampleFormat=2), "mode L, stored as L")
 refused("white_is_0", "tif", lambda d: tiff(d.values().astype("<u2"), 16, Photometric=0), "mode I;16, stored as I;16")
+
+
+def planes(draw: Draw) -> bytes:
+    """A TIFF of three colours of 16 bits, each in a plane of its own, written by hand."""
+    content, n = draw.values(3, below=65_536).astype("<u2").transpose(2, 0, 1).tobytes(), draw.height * draw.width * 2
+    at = 8 + len(content)
+    entries = [(256, 4, 1, draw.width), (257, 4, 1, draw.height), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 3, at + 6), (277, 3, 1, 3), (278, 4, 1, draw.height), (279, 4, 3, at + 18), (284, 3, 1, 2)]
+    more = struct.pack("<6H", *[16] * 3, 0, 0, 0)[:6] + struct.pack("<6I", 8, 8 + n, 8 + 2 * n, n, n, n)
+    fields = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<I", at + 30) + content + more + struct.pack("<H", 10) + fields + bytes(4)
+
+
+def deep_jp2(depth: int) -> Callable[[Draw], bytes]:
+    """A JPEG 2000 file of three colours that says it has so many bits, plus 128 if they are signed."""
+
+    def content(draw: Draw) -> bytes:
+        made = bytearray(saved(Image.fromarray(draw.rgb()), "JPEG2000"))
+        at = made.find(b"\xff\x4f\xff\x51") + 42
+        made[at : at + 9 : 3] = bytes([depth - 1] * 3)
+        return bytes(made)
+
+    return content
+
+
+refused(
+    "planes_of_16", "tif", planes, "(TIFF with 16 bits and a plane for each colour is not read rightly; save it as PNG)"
+)
+for bits in (10, 12, 16, 8 + 128):
+    refused(
+        f"jp2_{bits}", "jp2", deep_jp2(bits), "(JPEG 2000 with other than 8 bits, or 16 of grey, is not read rightly"
+    )
 refused("bits_12", "tif", lambda d: tiff(np.zeros((d.height, d.width * 2), "u1"), 12), "mode I;16, stored as I;12")
 refused("rgb_16_key", "png", lambda d: png(d.values(3), 16, 2, (1, 2, 3)), "RGB with 16 bits and a transparent colour")
 refused("transparent", "png", lambda d: png(np.dstack([d.rgb(), 0 * d.values()]), 8, 6), "mode RGBA, and nothing of it")
@@ -449,6 +481,7 @@ def test_every_kind_of_file_is_right_or_refused(name: str, folder: Folder) -> No
 
 NAMES = ("a", "b b", "ünïcode", "日本", "c.jpg", "-d", "E", "it's", "%20")
 TOOLS = ("._x.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/x-checkpoint.png", "@eaDir/x.png")
+TOOLS += ("@Recycle/x.png", "Temporary Items/x.png", "Network Trash Folder/x.png")
 TOOLS += ("__MACOSX/a/._x.png", "lost+found/x.jpg", "__pycache__/x.png", ".x.png.swp")
 OTHERS = ("notes.txt", "labels.csv", "x.json", "x.png.bak", "README", "film.mp4", "x.xml")
 

@@ -282,3 +282,16 @@ def test_bad_batches_are_named() -> None:
         list(toy().batches(0))
     with pytest.raises(ValueError, match=exactly("unknown augmentation 'spin'; known: crop, flip, cutout")):
         list(toy().batches(4, augment=("spin",)))
+
+
+def test_masks_are_checked_as_measures_check_them() -> None:
+    data = ImageData.from_tensors(torch.zeros(2, 1, 3, 3, dtype=torch.uint8), torch.arange(2))
+    for masks in (torch.full((2, 3, 3), torch.nan), torch.full((2, 3, 3), 0.3), torch.full((2, 3, 3), 2)):
+        with pytest.raises(ValueError, match="^masks must be bool, or hold nothing but 0 and 1$"):
+            replace(data, masks=masks)
+    with pytest.raises(ValueError, match="^masks must be a tensor, got ndarray; use torch.as_tensor$"):
+        replace(data, masks=torch.zeros(2, 3, 3).numpy())
+    whole = replace(data, masks=torch.ones(2, 3, 3, dtype=torch.int64)).masks
+    assert whole is not None and whole.dtype == torch.bool and whole.all()
+    with pytest.raises(ValueError, match="^the number of images must be at least 0, got -1$"):
+        data.subset(-1)

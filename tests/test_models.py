@@ -233,8 +233,11 @@ def test_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build("own_models:text", 3, 5, 4)
     with pytest.raises(TypeError, match=r"^model 'own_models:number' must name a callable, it names a int$"):
         build("own_models:number", 3, 5, 4)
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
+    with pytest.raises(ValueError, match="'own_broken' imports 'a_package_that_is_missing', which is not there$"):
         build("own_broken:small", 3, 5, 4)
+    (tmp_path / "own_typo.py").write_text("def small(:\n")
+    with pytest.raises(ValueError, match="^model 'own_typo:small': .*own_typo.py, line 1: invalid syntax$"):
+        build("own_typo:small", 3, 5, 4)
 
 
 class Attention(nn.Module):

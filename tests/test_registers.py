@@ -244,7 +244,8 @@ def test_files_and_modules_that_are_named_are_used_once(
 def test_what_cannot_be_used_is_named(things: Register[Entry], tmp_path: Path) -> None:
     assert message(use, str(tmp_path / "no.py")) == f"no file '{tmp_path / 'no.py'}' to use"
     wanted = "give a module on PYTHONPATH, or a file FILE.py"
-    assert message(use, "no_such_module") == f"no module 'no_such_module' to use; {wanted}"
+    for name in ("no_such_module", "no_such.module", "./net", ".", "/abs/file", "a-b"):
+        assert message(use, name) == f"no module '{name}' to use; {wanted}"
     (tmp_path / "needs_more.py").write_text("import no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         use("needs_more")

@@ -19,7 +19,7 @@ from torch import nn
 from sdecor.config import Run
 from sdecor.data import load
 from sdecor.evaluation import measure_again, tabulate
-from sdecor.experiment import execute, grid
+from sdecor.experiment import execute, grid, mixed
 from sdecor.measures.case import MEASURES, measure, table
 from sdecor.registers import ATTRIBUTIONS, METHODS, PENALTIES, use
 from sdecor.store import Store
@@ -323,6 +323,7 @@ def make(c, k, s, width): return torch.nn.Linear(c, width)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_whatever_a_factory_of_a_notebook_reaches_counts(name: str) -> None:
     ask = f"""
@@ -336,6 +337,7 @@ for width in ("4", "64", "4"):
     assert said[0] == said[1] and said[0][0] == said[0][2] != said[0][1]
 
 
+@pytest.mark.slow
 def test_files_that_a_notebook_imports_count(tmp_path: Path) -> None:
     ask = f"""
 import sys
@@ -363,6 +365,7 @@ if len(sys.argv) > 1:
     assert keys[2] == [*keys[0], "True"] and not set(keys[0]) & set(keys[1])
 
 
+@pytest.mark.slow
 def test_what_a_factory_finds_by_changing_the_path_is_refused_before_training(tmp_path: Path) -> None:
     for folder in ("lib", "exp"):
         (tmp_path / folder).mkdir()
@@ -414,6 +417,11 @@ def test_files_that_own_data_read_and_measures_of_ones_own(tmp_path: Path) -> No
     first = sdecor(*common, "a", cwd=tmp_path)
     assert "mine                     1.0000" in first.stdout and first.stderr == ""
     assert sdecor(*common, "a", cwd=tmp_path).stderr == ""
+    assert sdecor(*common, "b", "--method", "standard", cwd=tmp_path).returncode == 0
+    shown = sdecor(*own, "show", "--store", tmp_path / "store", cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stderr.splitlines() == [
+        f"the {split} images of pixels at seed 0 are not the same in all records" for split in ("train", "test")
+    ]
     other = sdecor(*common, "b", cwd=tmp_path)
     assert other.returncode == 2 and "the train images of pixels are others than those of run" in other.stderr
     (tmp_path / "measures.py").write_text(OWN_MEASURE.format(value=2))
@@ -558,8 +566,18 @@ def test_a_record_that_was_computed_in_another_way_is_said(tmp_path: Path, caplo
             execute(runs[0], store, progress=False, **how)
             assert said(caplog) == [f"the record in {root} was computed on cpu, bfloat16, not on {name} {tail}"]
         execute(runs[1], store, amp=True, progress=False)
+        mixed(store.records())
+        assert said(caplog) == []
         grid(runs, store, progress=False)  # one line for all
         assert said(caplog) == [f"2 records in {root} were computed on cpu, bfloat16, not on cpu {tail}"]
+        execute(runs[0].but(method="noise"), store, progress=False)
+        mixed(store.records())
+        said_of_ways = "the records of digits were not all computed in one way: "
+        (line,) = said(caplog)
+        assert line.startswith(said_of_ways) and {*line.removeprefix(said_of_ways).split("; ")} == {
+            "2 on cpu, bfloat16",
+            "1 on cpu",
+        }
 
 
 def test_a_run_that_goes_on_in_another_way_says_so_and_records_both(
