@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
-from sdecor.masking import require_tensors
 from sdecor.registers import PENALTIES
-from sdecor.whitening import covariance, full_precision, grouped, whitened
+from sdecor.whitening import covariance, full_precision, grouped, require_tensors, whitened
 
 penalty = PENALTIES.register
 _VARIANCE_FLOOR = 1e-8  # below it a channel counts as constant: it correlates with nothing

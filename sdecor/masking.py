@@ -12,17 +12,9 @@ import torch
 from torch import Generator, Tensor
 
 from sdecor.registers import FILLS
+from sdecor.whitening import require_tensors
 
 fill = FILLS.register
-
-
-def require_tensors(**values: object) -> None:
-    """Say which of the values, by their names, is no tensor of real numbers, if one is not."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
-        if value.is_complex():
-            raise ValueError(f"{name} must be real, got {value.dtype}")
 
 
 def lowest(score: Tensor, fraction: float) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sdecor.first_convolution import FirstConvolution
-from sdecor.masking import require_tensors
 from sdecor.registers import SCORES
+from sdecor.whitening import require_tensors
 
 score = SCORES.register
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  #: Types of class indices.

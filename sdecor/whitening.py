@@ -18,11 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sdecor.masking import require_tensors
 from sdecor.registers import Between, OneOf
 
 Method = Literal["zca", "newton_schulz", "pca", "cholesky"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def require_tensors(**values: object) -> None:
+    """Say which of the values, by their names, is no tensor of real numbers, if one is not."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
+        if value.is_complex():
+            raise ValueError(f"{name} must be real, got {value.dtype}")
 
 
 def full_precision(z: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdecor.masking import require_tensors
 from sdecor.registers import Between
 from sdecor.saliency import WHOLE
+from sdecor.whitening import require_tensors
 
 INSIDE, POSITIVE = Between(0, 1, ends=False), Between(0, ends=False)
 

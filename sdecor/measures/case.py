@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from sdecor.masking import require_tensors
 from sdecor.measures._checks import require_finite
 from sdecor.registers import MEASURES, Entry, Register
 from sdecor.saliency import pixel_score
+from sdecor.whitening import require_tensors
 
 #: Maps (B, C, H, W) or (B, H, W) that explain the target (B,) of images (B, C, H, W) under a model.
 Explanation = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -32,11 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdecor.masking import impute, replacement, require_tensors
+from sdecor.masking import impute, replacement
 from sdecor.measures._checks import INSIDE, require_finite, require_images
 from sdecor.measures.case import measure, quantity
 from sdecor.registers import FILLS, Between, OneOf
 from sdecor.saliency import frozen_eval, logits_of
+from sdecor.whitening import require_tensors
 
 ORDERS = ("most", "least", "random")
 STEPS = tuple(i / 10 for i in range(11))

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, one_hot, pad
 
-from sdecor.masking import require_tensors
 from sdecor.measures._checks import binary, by_chunks, non_negative, require_finite, require_images, shares
 from sdecor.measures.case import measure
 from sdecor.registers import Between
+from sdecor.whitening import require_tensors
 
 
 @measure("mass on object", better="higher", low=0, high=1)

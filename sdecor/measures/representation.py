@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdecor.masking import require_tensors
+from sdecor.whitening import require_tensors
 
 
 class Covariance:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from sdecor.masking import require_tensors
 from sdecor.measures._checks import by_chunks, require_finite, require_images
 from sdecor.measures.case import measure, quantity
 from sdecor.saliency import frozen_eval, input_gradient, logits_and_gradient, logits_of, pixel_score
+from sdecor.whitening import require_tensors
 
 Explain = Callable[[Tensor, Tensor], Tensor]
 
