@@ -9,8 +9,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 #: Suffixes of image files that are read.
 IMAGES = frozenset(
     ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .qoi .tga "
@@ -125,6 +123,8 @@ def set_aside(path: Path) -> Path:
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of that name, which dies with its process; yields False if it is taken and `wait` is off."""
+    from filelock import FileLock, Timeout  # takes a tenth of what the command line needs to start
+
     path.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(path)
     try:
