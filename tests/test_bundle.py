@@ -241,10 +241,15 @@ def test_what_a_run_imports_is_known() -> None:
     """All of it, and nothing else: run.sh asks for these before it begins."""
     code = """
         import sys
+        from pathlib import Path
+        from tempfile import TemporaryDirectory
         import sdecor.__main__
         from sdecor import parcels, planned
+        from sdecor._files import locked
         from sdecor.data import load
         load("digits", split="test")
+        with TemporaryDirectory() as folder, locked(Path(folder, "x.lock")):
+            pass
         print(*{name.split(".")[0] for name in sys.modules})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)

@@ -200,6 +200,7 @@ def test_a_worker_that_fails_ends_with_code_1(here: Path, inline: None, monkeypa
 
 def command(*given: str) -> subprocess.Popen[str]:
     how: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "process_group": 0}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     return subprocess.Popen([sys.executable, "-m", "sdecor", *given], **how)
 
 
