@@ -320,7 +320,7 @@ def _numbers(text: str) -> list[int]:
         raise ValueError(f"seeds must look like 0-4 or 0,1,2, got '{text}'")
     ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
     if sum(end[-1] - end[0] for end in ends) > 10_000:
-        raise ValueError(f"seeds must be 10,000 at most, got '{text}'")
+        raise ValueError(f"there must be 10,000 seeds at most, got '{text}'")
     if wrong := [end for end in ends if end[0] > end[-1]]:
         raise ValueError(f"seeds must go upwards, such as {wrong[0][1]}-{wrong[0][0]}, got '{text}'")
     return list(dict.fromkeys(n for end in ends for n in range(end[0], end[-1] + 1)))

@@ -59,8 +59,7 @@ def code(functions: Iterable[Any] = (), modules: Iterable[str] = ()) -> str:
     named = (*modules, *map(home, functions))
     files = {file: name for name in named if (file := file_of(name))}
     parts = sorted({part for file, name in files.items() for part in _with_imports(file, name)})
-    plain = (f for f in functions if not (inspect.isfunction(f) and f.__closure__ is None) and not inspect.isclass(f))
-    more = [*plain, *(f for f in functions if not file_of(home(f)))]
+    more = (f for f in functions if not file_of(home(f)) or not _is_text(f))
     texts = sorted(repr(_made_of(function, {})) for function in more)
     return hashlib.sha256(repr((parts, texts)).encode()).hexdigest()[:16] if parts or texts else ""
 
@@ -73,6 +72,11 @@ def check_loaded(name: str) -> None:
     file, module = file_of(name), sys.modules.get(name)
     if file and module and _loaded.setdefault(module, now := code(modules=[name])) != now:
         raise ValueError(f"{file}, or what it imports, has changed since it was loaded; start Python anew")
+
+
+def _is_text(thing: Any) -> bool:
+    """Whether the file that defines something says all of it, and nothing was given to it later."""
+    return inspect.isclass(thing) or (inspect.isfunction(thing) and thing.__closure__ is None)
 
 
 def _made_of(thing: Any, seen: dict[int, Any]) -> Any:
@@ -111,6 +115,8 @@ def _parts(thing: Any) -> tuple[Any, list[Any]]:
     if inspect.isclass(thing):
         own = {} if files else {n: v for n, v in vars(thing).items() if _matters(n, v)}
         return (label, files, sorted(own)), [*thing.__bases__, *(own[name] for name in sorted(own))]
+    if hasattr(thing, "__wrapped__"):  # by `functools.cache`, say
+        return label, [thing.__wrapped__]
     if files == [named.__module__]:  # which may be anything
         text = repr(thing)
         return label if " at 0x" in text else text, []
@@ -159,7 +165,12 @@ def _names(body: types.CodeType) -> tuple[list[str], list[str]]:
 
 
 def _instructions(body: types.CodeType) -> tuple[Any, ...]:
-    constants = [_instructions(c) if isinstance(c, types.CodeType) else c for c in body.co_consts]
+    def one(constant: Any) -> Any:
+        if isinstance(constant, frozenset):  # in another order in every process
+            return sorted(map(repr, constant))
+        return _instructions(constant) if isinstance(constant, types.CodeType) else constant
+
+    constants = [one(constant) for constant in body.co_consts]
     return body.co_code, body.co_names, constants
 
 

@@ -17,7 +17,7 @@ import torch
 from sdecor import registers
 from sdecor._code import foreign
 from sdecor._files import locked
-from sdecor.config import Run
+from sdecor.config import Data, Run
 from sdecor.evaluation import exhibit, held_out_of, measure, own_measures
 from sdecor.prepare import data_of, without_removal
 from sdecor.store import SHAPE, Record, Store, environment, network
@@ -83,7 +83,8 @@ def otherwise(
 
 def mixed(records: Iterable[Record]) -> None:
     """Warn of records on one data set that were computed in several ways, or on other images at the same seed."""
-    ways, images = defaultdict(Counter), defaultdict(set)  # type: ignore[var-annotated]
+    ways: dict[str, Counter[str]] = defaultdict(Counter)
+    images: dict[tuple[Data, int, str], set[str]] = defaultdict(set)
     for record in records:
         run = record.run
         if record.ways:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as pil
 
 from sdecor.config import AUGMENTATIONS
-from sdecor.registers import DATASETS, OneOf
+from sdecor.registers import DATASETS, Between, OneOf
 
 _CPU = torch.device("cpu")
 _GREY = (128, 128, 128)  # stands for what is transparent: black objects and white ones can be seen on it
@@ -133,10 +133,10 @@ class _Images(ABC):
 
     def subset(self, which: int | Sequence[int] | Tensor) -> Self:
         """The images at these indices; a number draws that many by a constant seed (nested, order kept)."""
-        if isinstance(which, int) and which < 0:
-            raise ValueError(f"the number of images must be at least 0, got {which}")
-        drawn = isinstance(which, int)
-        index = permutation(len(self))[:which].sort().values if drawn else torch.as_tensor(which).cpu()
+        if isinstance(which, int):
+            Between(0).check("the number of images", which)
+            which = permutation(len(self))[:which].sort().values
+        index = torch.as_tensor(which).cpu()
         return self._at(torch.arange(len(self))[index])
 
     def _paths_at(self, index: Tensor) -> tuple[str, ...]:

@@ -118,7 +118,6 @@ def network(run: Run, shape: Mapping[str, int]) -> nn.Module:
     If the code of one's own is not that of the description, or finds more files now that it is loaded, it is a
     ValueError.
     """
-    check_code(run)
     channels, classes, side = (shape[name] for name in SHAPE)
     model = build(run.model.name, channels, classes, side, **dict(run.model.options))
     check_code(run)  # now that it is loaded

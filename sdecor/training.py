@@ -189,31 +189,16 @@ def _kept(
 def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.device) -> Iterator[torch.memory_format]:
     """Put the model on a device, with channels last if it can work so, and leave it with the strides that it had.
 
-    Passes of the first images find that out, the second one in training mode, which leaves no trace. They also show
-    whether every label has a logit: on a GPU it would be a crash, and -100 would be skipped.
+    Every label must have a logit, too: on a GPU it would be a crash, and -100 would be skipped.
     """
     if len(train) == 0:
         raise ValueError("train holds no images to learn from")
     x, _ = next(train.subset(torch.arange(min(2, len(train)))).batches(2))
-    model, x, problem = model.to(where), x.to(where), ""
-    lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
+    model, x = model.to(where), x.to(where)
     held = [*model.named_parameters(), *model.named_buffers()]
     strides = {name: tensor.stride() for name, tensor in held if not nn.parameter.is_lazy(tensor)}
     try:
-        for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
-            try:
-                with torch.no_grad(), frozen_eval(model):
-                    if lazy:
-                        logits_of(model, x, finite=False)
-                    model.to(memory_format=layout)  # type: ignore[call-overload]
-                    classes = logits_of(model, x.to(memory_format=layout), finite=False).shape[1]
-                with torch.no_grad(), same_mode(model), _same_buffers(model):
-                    logits_of(model.train(), x.to(memory_format=layout), finite=False)
-                break
-            except RuntimeError as error:
-                problem = str(error).splitlines()[0]
-        else:
-            raise ValueError(f"{type(model).__name__} cannot take images of shape {tuple(x.shape)}: {problem}")
+        layout, classes = _layout(model, x)
         low, high = (int(v) for v in torch.aminmax(train.labels))
         if low < 0 or high >= classes:
             raise ValueError(
@@ -226,6 +211,28 @@ def _laid_out(model: nn.Module, train: ImageData | ImageStream, where: torch.dev
             usual = torch.empty_like(tensor, memory_format=torch.contiguous_format, device="meta").stride()
             if tensor.stride() != (wanted := strides.get(name, usual)) and len(wanted) == tensor.ndim:
                 tensor.data = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=where).copy_(tensor)
+
+
+def _layout(model: nn.Module, x: Tensor) -> tuple[torch.memory_format, int]:
+    """The layout that the model can work in, which it is put in, and its number of classes.
+
+    Passes of a few images find both out, the second one in training mode, which leaves no trace.
+    """
+    lazy, problem = any(nn.parameter.is_lazy(p) for p in model.parameters()), ""
+    for layout in (torch.channels_last, torch.contiguous_format):  # convolutions are faster so, on CPUs too
+        try:
+            with torch.no_grad(), frozen_eval(model):
+                if lazy:
+                    logits_of(model, x, finite=False)
+                model.to(memory_format=layout)  # type: ignore[call-overload]
+                classes = logits_of(model, x.to(memory_format=layout), finite=False).shape[1]
+            with torch.no_grad(), same_mode(model), _same_buffers(model):
+                logits_of(model.train(), x.to(memory_format=layout), finite=False)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0]
+        else:
+            return layout, classes
+    raise ValueError(f"{type(model).__name__} cannot take images of shape {tuple(x.shape)}: {problem}")
 
 
 @contextmanager

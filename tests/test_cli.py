@@ -240,7 +240,7 @@ def test_cuda_asked_for_and_absent(tmp_path: Path) -> None:
 def test_seeds_go_upwards(tmp_path: Path) -> None:
     said = "seeds must go upwards, such as 0-4, got '1,4-0'"
     assert refused("grid", "--store", tmp_path, "--seeds=1,4-0") == said
-    said = "seeds must be 10,000 at most, got '0-999999999999'"
+    said = "there must be 10,000 seeds at most, got '0-999999999999'"
     assert refused("grid", "--store", tmp_path, "--seeds=0-999999999999") == said
 
 

@@ -309,6 +309,14 @@ make = Maker(WIDTH)
 def inner(c): return torch.nn.Linear(c, WIDTH)
 def make(c, k, s): return inner(c)
 """,
+    "a cache": """
+import functools
+@functools.cache
+def make(c, k, s): return torch.nn.Linear(c, WIDTH)
+""",
+    "a set of constants": """
+def make(c, k, s): return torch.nn.Linear(c, WIDTH if "a" in {"a", "b", "c", "d"} else 2)
+""",
     "a decorator": """
 import functools
 def scaled(width):

@@ -170,7 +170,9 @@ def _own_input(module: nn.Module, inputs: Any) -> Any:
     # captum replaces the gradient of a module's input for whatever else uses that tensor, such as a shortcut, and too
     # late for another nonlinearity that made it: without a copy, DeepLIFT of ReLU and pooling in a row is wrong
     own = inputs[0].clone()
-    return (own if own.requires_grad or not torch.is_grad_enabled() else own.requires_grad_(),)  # of a constant, captum
+    if torch.is_grad_enabled() and not own.requires_grad:  # a constant, which captum hooks like all others
+        own.requires_grad_()
+    return (own,)
 
 
 @contextmanager
