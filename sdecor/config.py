@@ -311,11 +311,14 @@ class Run:
     curve_images: Annotated[int | None, Between(1)] = setting(
         None, "Held-out images for the curves of masked accuracy; none takes all."
     )
+    tuning_epochs: Annotated[int, Between(0)] = setting(
+        0, "Passes of fine-tuning on images with deleted patches, for deletion curves that are fair; 0 leaves them out."
+    )
     code: str = setting("", "Of one's own code that it depends on; found out if it is not given.")
     objective: Objective = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check(self, "seed", "evaluate_on", "curve_images")
+        _check(self, "seed", "evaluate_on", "curve_images", "tuning_epochs")
         weights, settings = (dict(pairs(getattr(self, name), name)) for name in ("weights", "settings"))
         objective = Objective(self.method, weights, **settings)
         complete = {"weights": tuple(objective.weights.items()), "settings": tuple(sorted(objective.settings.items()))}

@@ -28,7 +28,8 @@ from torchvision import datasets
 
 from sdecor._files import IMAGES, files_below, inside, is_image
 from sdecor.config import checked_data
-from sdecor.images import ImageData, ImageStream, decode_all, moments, permutation, side_of
+from sdecor.images import ImageData, ImageStream, decode_with_masks, moments, permutation, side_of
+from sdecor.objects import Objects, read_objects
 from sdecor.registers import DATASETS, Between, Dataset, OneOf, WrongType
 from sdecor.shapes import CLASSES, MEAN, STD, Copies, Strength, generate
 from sdecor.sources import available, check, data_root, fetch, provide
@@ -236,10 +237,13 @@ def cifar10_jpeg(request: Request) -> ImageData | ImageStream:
     present=lambda root: (root / CALTECH).is_dir(),
     layouts=({"folder": CALTECH, "without": "BACKGROUND_Google", "images": {".": 8677}},),
 )
-def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageStream:
+def caltech101(
+    request: Request, *, download: bool = True, per_class: Annotated[int, Between(1, 25)] = 25
+) -> ImageData | ImageStream:
     """Photographs, colour; `download` fetches what is missing.
 
-    Of each class 25 images are for training, 5 for validation, and up to 50 of the others for the test.
+    Of each class 25 images are for training, or the first `per_class` of these, 5 for validation, and up to 50 of the
+    others for the test.
     """
     provide("caltech101", request.root, download=download)
     files, classes = _labelled(request.root / CALTECH, without="BACKGROUND_Google")
@@ -249,7 +253,7 @@ def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageS
         if len(own) < 31:
             raise ValueError(f"{request.root / CALTECH / name} holds {len(own)} images, Caltech-101 has at least 31")
         own = _shuffled(own, seed=c)[:80]
-        for split, part in zip(SPLITS, (own[:25], own[25:30], own[30:]), strict=True):
+        for split, part in zip(SPLITS, (own[:per_class], own[25:30], own[30:]), strict=True):
             parts[split] += part
     return _from_files(request, "caltech101", request.root / CALTECH, classes, parts)
 
@@ -350,7 +354,9 @@ def _tree(request: Request, root: Path, name: str, stream: tuple[int, int] | Non
     if request.split not in parts:
         instead = f"put images in {root / 'test'}/CLASS, or use the split 'val' (of a run: evaluate_on='val')"
         raise FileNotFoundError(f"image folder {root} has no test split; {instead}")
-    return _from_files(replace(request, image_size=size), name, root, classes, parts, stream)
+    every = [path for part in parts.values() for path, _ in part]
+    objects = read_objects(root, _below(root, every))
+    return _from_files(replace(request, image_size=size), name, root, classes, parts, stream, objects)
 
 
 def _splits(root: Path) -> list[str]:
@@ -395,16 +401,18 @@ def _shuffled(files: Files, seed: int = 0) -> Files:
     return [files[i] for i in permutation(len(files), seed).tolist()]
 
 
-def _decoded(paths: tuple[str, ...], size: int) -> Tensor:
-    """As `decode_all`, once, because a grid loads the same set for every run; again if a file has changed."""
+def _decoded(paths: tuple[str, ...], size: int, objects: Objects | None = None) -> tuple[Tensor, Tensor | None]:
+    """As `decode_with_masks`, once, because a grid loads a set for every run; again if a file has changed."""
     stats = [os.stat(path) for path in paths]
     stamps = tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino, s.st_dev) for s in stats)
-    return _decoded_once(paths, size, stamps)
+    return _decoded_once(paths, size, objects, stamps)
 
 
 @lru_cache(maxsize=6)
-def _decoded_once(paths: tuple[str, ...], size: int, stamps: tuple[tuple[int, ...], ...]) -> Tensor:
-    return decode_all(paths, size)
+def _decoded_once(
+    paths: tuple[str, ...], size: int, objects: Objects | None, stamps: tuple[tuple[int, ...], ...]
+) -> tuple[Tensor, Tensor | None]:
+    return decode_with_masks(paths, size, objects=objects)
 
 
 def _from_files(
@@ -414,28 +422,38 @@ def _from_files(
     classes: tuple[str, ...],
     parts: Parts,
     stream: tuple[int, int] | None = None,
+    objects: Objects | None = None,
 ) -> ImageData | ImageStream:
     """The asked part, in memory if it fits; mean and std from a constant sample of the training part.
 
     More bytes than the first number of `stream` are streamed, by so many workers as the second says. Without, the files
-    belong to a data set that does not change, and stay in memory for the next run. `root` is where they lie.
+    belong to a data set that does not change, and stay in memory for the next run. `root` is where they lie, and
+    `objects` what is known of objects in them.
     """
     size, split, files = request.image_size or 0, request.split, parts[request.split]
     small: dict[str, int] = {}
-    read = partial(decode_all, small=small) if stream else _decoded
-    mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:2048]), size))
+    read = partial(decode_with_masks, small=small) if stream else _decoded
+    mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:2048]), size)[0])
     if request.limit is not None and request.limit < len(files):  # before decoding; the same choice as `subset` makes
         files = [files[i] for i in sorted(permutation(len(files))[: request.limit].tolist())]
     paths, labels = tuple(path for path, _ in files), torch.tensor([label for _, label in files], dtype=torch.int64)
-    below = tuple(path.removeprefix(str(root)).lstrip(os.sep) for path in paths)
+    below = _below(root, paths)
+    if objects is not None and (unknown := [file for file in below if file not in objects]):
+        which = f"{len(unknown)} of {len(below)} {split} images, such as {unknown[0]}"
+        log.warning("nothing says where the object is of %s; measures of localization leave them out", which)
     streamed = stream and len(paths) * 3 * size**2 > stream[0]
-    images = torch.empty(0) if streamed else read(paths, size)
+    images, masks = (torch.empty(0), None) if streamed else read(paths, size, objects=objects)
     if small:
         first = f"{min(small)}, whose short side is {small[min(small)]},"
         log.warning("%s is enlarged more than eightfold to %d pixels, as are %d others", first, size, len(small) - 1)
     if stream and streamed:
-        return ImageStream(below, labels, classes, mean, std, size, name, split, workers=stream[1], root=str(root))
-    return ImageData(images, labels, classes, mean, std, name=name, split=split, paths=below)
+        how: dict[str, Any] = {"workers": stream[1], "root": str(root), "objects": objects}
+        return ImageStream(below, labels, classes, mean, std, size, name, split, **how)
+    return ImageData(images, labels, classes, mean, std, masks, name, split, below)
+
+
+def _below(root: Path, paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path.removeprefix(str(root)).lstrip(os.sep) for path in paths)
 
 
 __all__ = ["ImageData", "ImageStream", "Request", "available", "check", "data_root", "dataset", "fetch", "load"]

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -184,9 +183,7 @@ def _explained(
     model: nn.Module, data: ImageData | ImageStream, batch_size: int, seed: int
 ) -> Iterator[tuple[Case, Tensor]]:
     """The gradient maps of the predicted class, batch by batch, with the labels."""
-    masks = data.object_masks
-    parts = repeat(None) if masks is None else masks.split(batch_size)
-    for (x, y), mask in zip(data.batches(batch_size), parts, strict=False):
+    for x, y, mask in data.batches_with_masks(batch_size):
         logits, gradient = logits_and_gradient(model, x)
         known: dict[str, Any] = {"model": model, "images": x, "target": logits.argmax(1), "explain": _gradient}
         yield Case(attribution=gradient, mask=mask, batch_size=batch_size, seed=seed, **known), y

@@ -28,6 +28,8 @@ from torchvision.transforms import functional as pil
 from sdecor.config import AUGMENTATIONS
 from sdecor.registers import DATASETS, Between, OneOf
 
+#: Pixels of the objects of an image file, by its path, its width and height, and the side of the square it becomes.
+Marks = Callable[[str, int, int, int], np.ndarray]
 _CPU = torch.device("cpu")
 _GREY = (128, 128, 128)  # stands for what is transparent: black objects and white ones can be seen on it
 _TURNED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow looks for an orientation
@@ -50,7 +52,7 @@ def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
-    """Change each uint8 image at random, in the order of this list, whatever that of the names.
+    """Change each image at random, in the order of this list, whatever that of the names.
 
     - ``flip``: left-right with probability 1/2;
     - ``crop``: a shift by up to H // 8 pixels, where black moves in at the border;
@@ -104,8 +106,13 @@ class _Images(ABC):
         return len(self.classes)
 
     @abstractmethod
-    def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images and the labels at each of the index vectors `parts`."""
+    def _read(self, parts: list[Tensor], masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield images, labels and, if they are asked for and known, masks at each of the index vectors `parts`."""
+
+    @property
+    @abstractmethod
+    def has_masks(self) -> bool:
+        """Whether `batches_with_masks` gives masks."""
 
     @abstractmethod
     def _at(self, index: Tensor) -> Self:
@@ -168,13 +175,34 @@ class _Images(ABC):
         The `generator` (torch's global one without) draws the order, if it is to `shuffle`, and for `augmented`: one
         state, one set of bits. A last batch may be smaller, unless `drop_last` leaves it out.
         """
+        how: dict[str, Any] = {"shuffle": shuffle, "generator": generator, "augment": augment, "drop_last": drop_last}
+        for x, y, _ in self._batches(batch_size, masks=False, **how):
+            yield x, y
+
+    def batches_with_masks(self, batch_size: int, **how: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The same with the pixels of the objects (B, H, W), bool, changed as the images are; None if not known."""
+        yield from self._batches(batch_size, masks=True, **how)
+
+    def _batches(
+        self,
+        batch_size: int,
+        masks: bool,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        augment: Sequence[str] = (),
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         at = _CPU if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=at) if shuffle else torch.arange(len(self))
         parts = [part for part in order.split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
-        for images, y in self._read(parts):
-            yield self._normalize(augmented(images, augment, generator) if augment else images), y
+        for images, y, mask in self._read(parts, masks):
+            if augment:  # the mask as one more channel, so that it goes where the pixels go
+                both = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
+                both = augmented(both, augment, generator)
+                images, mask = both[:, : self.channels], None if mask is None else both[:, -1].bool()
+            yield self._normalize(images), y, mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +299,11 @@ class ImageData(_Images):
         return (self.images > 0).any(1) if ink else self.masks
 
     @property
+    def has_masks(self) -> bool:
+        """Whether there are `object_masks`."""
+        return self.object_masks is not None
+
+    @property
     def image_size(self) -> int:
         """Height, equal to the width, in pixels."""
         return self.images.shape[-1]
@@ -298,9 +331,10 @@ class ImageData(_Images):
         """Images as float32 (B, C, H, W): ``(images / 255 - mean) / std``."""
         return self._normalize(self.images[indices])
 
-    def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, parts: list[Tensor], masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        known = self.object_masks if masks else None
         for index in (part.to(self.device) for part in parts):
-            yield self.images[index], self.labels[index]
+            yield self.images[index], self.labels[index], None if known is None else known[index]
 
 
 class _Unfit(Exception):
@@ -396,13 +430,22 @@ def decode_all(paths: Sequence[str], size: int, small: dict[str, int] | None = N
     enlarged; `small` takes the short sides of those enlarged more than eightfold, by path. A file that is no readable
     image, or whose values are not certain (floats, 12 or 32 bits, several frames), is named.
     """
+    return decode_with_masks(paths, size, small)[0]
+
+
+def decode_with_masks(
+    paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: Marks | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As `decode_all`, and the pixels of the `objects`, bool (N, size, size): see `sdecor.objects`."""
     out = np.empty((len(paths), size, size, 3), np.uint8)
+    masks = None if objects is None else np.empty((len(paths), size, size), bool)
 
     def fill(start: int) -> None:
         for i, path in enumerate(paths[start : start + 64], start):
             with _opened(path) as image:
                 square = _colours(image)
-                short, long = sorted(square.size)
+                upright = square.size
+                short, long = sorted(upright)
                 if short * 8 < size and small is not None:
                     small[path] = short
                 if size * size * long > short * 2**26:
@@ -410,16 +453,19 @@ def decode_all(paths: Sequence[str], size: int, small: dict[str, int] | None = N
                 if square.size != (size, size):
                     square = pil.center_crop(pil.resize(square, size), [size, size])
                 out[i] = np.array(square)
+            if objects is not None and masks is not None:
+                masks[i] = objects(path, *upright, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(fill, range(0, len(paths), 64)))
-    return torch.from_numpy(out).movedim(-1, 1).contiguous()
+    images = torch.from_numpy(out).movedim(-1, 1).contiguous()
+    return images, None if masks is None else torch.from_numpy(masks)
 
 
-def _decoded_or_said(paths: Sequence[str], size: int) -> Tensor | str:
-    """The images, or the message of the error, since a DataLoader wraps errors of its processes in tracebacks."""
+def _decoded_or_said(paths: Sequence[str], size: int, objects: Marks | None) -> tuple[Tensor, Tensor | None] | str:
+    """Images and masks, or the message of the error, since a DataLoader wraps errors of its processes in tracebacks."""
     try:
-        return decode_all(paths, size)
+        return decode_with_masks(paths, size, objects=objects)
     except ValueError as error:
         return str(error)
 
@@ -429,7 +475,7 @@ class ImageStream(_Images):
     """As `ImageData`, for image files too many to hold: decoded by a DataLoader while training goes on.
 
     Every image is brought to a side of `image_size`; `workers` processes decode, 0 decodes in this one; batches are put
-    on `device`; `paths` are relative to `root`.
+    on `device`; `paths` are relative to `root`; `objects` says where objects lie, as `sdecor.objects` reads it.
     """
 
     paths: tuple[str, ...]
@@ -443,7 +489,12 @@ class ImageStream(_Images):
     workers: int = 0
     device: torch.device = _CPU
     root: str = ""
-    object_masks = None
+    objects: Marks | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the folder says where objects lie."""
+        return self.objects is not None
 
     def to(self, device: str | torch.device) -> ImageStream:
         """The same data, batches put on `device`."""
@@ -456,15 +507,18 @@ class ImageStream(_Images):
         yield self.labels
         yield torch.tensor([self.image_size, *(os.path.getsize(os.path.join(self.root, p)) for p in self.paths)])
         yield from self.paths
+        if self.objects is not None:
+            yield str(self.objects)
 
-    def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, parts: list[Tensor], masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         chosen: Any = [[os.path.join(self.root, self.paths[i]) for i in part.tolist()] for part in parts]
-        decode = partial(_decoded_or_said, size=self.image_size)
-        files: Iterable[Tensor | str] = DataLoader(chosen, None, collate_fn=decode, num_workers=self.workers)
-        for part, images in zip(parts, files, strict=True):
-            if isinstance(images, str):
-                raise ValueError(images)
-            yield images.to(self.device, non_blocking=True), self.labels[part.cpu()].to(self.device)
+        decode = partial(_decoded_or_said, size=self.image_size, objects=self.objects if masks else None)
+        files: Iterable[Any] = DataLoader(chosen, None, collate_fn=decode, num_workers=self.workers)
+        for part, read in zip(parts, files, strict=True):
+            if isinstance(read, str):
+                raise ValueError(read)
+            images, mask = (None if t is None else t.to(self.device, non_blocking=True) for t in read)
+            yield images, self.labels[part.cpu()].to(self.device), mask
 
 
 def checked_set(name: str, data: Any) -> ImageData | ImageStream:

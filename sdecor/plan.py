@@ -43,6 +43,8 @@ Table = Mapping[str, Any]
 RULES = ("strongest", "most accurate")
 DIRECTIONS = ("higher", "lower", "equal")
 OF_LAYERS = ("correlation", "effective_rank", "participation_ratio", "condition_number")
+OF_OBJECTS = ("box_accuracy", "max_box_accuracy", "object_only_accuracy", "background_only_accuracy")
+OF_DELETION = ("deletion_area", "fair_deletion_area")
 _FLAT = {n: o for n, o in flat_options().items() if n not in ("method", "seed", "evaluate_on", "fingerprint", "code")}
 _ARM = ("method", "label", "try", "rule", "from", "length", "seeds", "later")
 _CHOICE = {"seed": Annotated[int, Between(0)], "price": Annotated[float, Between(0, 1)], "rates": Any}
@@ -122,7 +124,8 @@ class Claim(_Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        held = ["accuracy", "grid_pointing_game", *(m for m in MEASURES if m in RECOMMENDED or {*needs(m)} <= {"mask"})]
+        held = ["accuracy", "grid_pointing_game", *OF_OBJECTS, *OF_DELETION]
+        held += [m for m in MEASURES if m in RECOMMENDED or {*needs(m)} <= {"mask"}]
         if self.measure not in held and not self.measure.startswith(tuple(f"{name}_" for name in OF_LAYERS)):
             known = ", ".join([*held, *(f"{name}_LAYER" for name in OF_LAYERS)])
             raise UnknownName(f"unknown measure '{self.measure}'; records hold: {known}")

@@ -19,7 +19,7 @@ from sdecor.evaluation import CELLS, plays
 from sdecor.images import ImageData
 from sdecor.measures.case import needs
 from sdecor.models import default_layers
-from sdecor.plan import OF_LAYERS, Course, within
+from sdecor.plan import OF_DELETION, OF_LAYERS, OF_OBJECTS, Course, within
 from sdecor.prepare import data_of, without_removal
 from sdecor.registers import MEASURES, OneOf
 from sdecor.store import SHAPE, Record, Store, network
@@ -33,7 +33,7 @@ BATCH = 4  # images of a step that is only to show whether it can be taken
 def _shape(run: Run, store: Store, root: Root) -> dict[str, int]:
     """What a network is built for, the number of training images, and whether there are masks of objects."""
     data = data_of(without_removal(run), store, "train", root=root)
-    about = {"images": len(data), "masks": data.object_masks is not None}
+    about = {"images": len(data), "masks": data.has_masks}
     return {**{name: getattr(data, name) for name in SHAPE}, **about}
 
 
@@ -100,8 +100,14 @@ def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) 
         elif claim.measure == "grid_pointing_game" and not plays(model, image, shape["num_classes"]):
             need = f"average over positions and {CELLS} classes or more"
             raise ValueError(f"{what}: grid_pointing_game needs networks with an {need}, not '{run.model.name}'")
-        elif claim.measure in MEASURES and "mask" in needs(claim.measure) and not shape["masks"]:
+        elif claim.measure in OF_DELETION and not run.tuning_epochs:
+            raise ValueError(f"{what}: {claim.measure} needs tuning_epochs, and there are none")
+        elif _of_masks(claim.measure) and not shape["masks"]:
             raise ValueError(f"{what}: {claim.measure} needs masks of objects, and '{run.data.name}' has none")
+
+
+def _of_masks(measure: str) -> bool:
+    return measure in OF_OBJECTS or (measure in MEASURES and "mask" in needs(measure))
 
 
 class Prices:

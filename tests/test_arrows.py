@@ -15,7 +15,7 @@ _torchvision _files _code registers first_convolution graphs
 config
 whitening saliency shapes images models
 decorrelation masking sources plotting
-attribution measures data
+attribution measures objects data
 objective
 baselines training
 store

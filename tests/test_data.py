@@ -213,7 +213,7 @@ def test_a_large_folder_is_streamed_with_equal_batches(folder: Path, workers: in
     for (a, b), (c, e) in zip(*both, strict=True):
         assert torch.equal(a, c) and torch.equal(b, e)
     assert torch.equal(streamed.subset(5).labels, held.subset(5).labels)
-    assert streamed.object_masks is None and held.object_masks is None
+    assert not streamed.has_masks and not held.has_masks
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:
@@ -469,9 +469,9 @@ def test_real_caltech101(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(val, ImageData) and val.images.shape == (8, 3, 96, 96) and val.num_classes == 101
     taken: dict[str, list[str]] = {}
 
-    def only_paths(files: tuple[str, ...], size: int) -> torch.Tensor:
+    def only_paths(files: tuple[str, ...], size: int, objects: None = None) -> tuple[torch.Tensor, None]:
         taken["last"] = list(files)
-        return torch.zeros(len(files), 3, 2, 2, dtype=torch.uint8)
+        return torch.zeros(len(files), 3, 2, 2, dtype=torch.uint8), None
 
     monkeypatch.setattr(data, "_decoded", only_paths)
     for split, low, high in (("train", 25, 25), ("val", 5, 5), ("test", 1, 50)):

@@ -607,9 +607,9 @@ def test_what_is_enlarged_very_much_is_named(tmp_path: Path, caplog: pytest.LogC
 
 def test_what_is_in_no_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = sized(tmp_path, *[(8, 8)] * 4)
-    for name in ("masks", "roses", ".git", "__MACOSX"):
+    for name in ("roses", ".git", "__MACOSX"):
         (root / name).mkdir()
-    for name in ("boxes.csv", "README.md", "paper.pdf", ".DS_Store", "Thumbs.db"):
+    for name in ("notes.csv", "README.md", "paper.pdf", ".DS_Store", "Thumbs.db"):
         (root / name).write_bytes(b"")
     load(str(root))
     assert caplog.messages == [f"{root}/roses is in no split and is left out, as are 0 others beside it"]
