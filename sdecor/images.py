@@ -517,8 +517,9 @@ class ImageStream(_Images):
         for part, read in zip(parts, files, strict=True):
             if isinstance(read, str):
                 raise ValueError(read)
-            images, mask = (None if t is None else t.to(self.device, non_blocking=True) for t in read)
-            yield images, self.labels[part.cpu()].to(self.device), mask
+            images, mask = read[0].to(self.device, non_blocking=True), read[1]
+            known = None if mask is None else mask.to(self.device, non_blocking=True)
+            yield images, self.labels[part.cpu()].to(self.device), known
 
 
 def checked_set(name: str, data: Any) -> ImageData | ImageStream:
