@@ -98,6 +98,27 @@ def whitened_classification(
     return cross_entropy(full_precision(logits), step.target)
 
 
+@term(label="cross-entropy on images with holes (nats)", source="arXiv:1704.04811", gradient=False)
+def deleted_classification(step: Step) -> Tensor:
+    """Cross-entropy on images of which random square patches are deleted: they become 0, the mean colour.
+
+    A grid of at most 8 x 8 patches lies over the image; each is deleted with a probability that is drawn for every
+    image, uniform in [0, 1] (ours; one half in Singh and Lee 2017). Batch norm averages over these images, since there
+    is no other pass.
+    """
+    x, side = step.images, patch_side(step.images)
+    device = x.device if step.generator is None else step.generator.device
+    size = (len(x), x.shape[2] // side, x.shape[3] // side)
+    share, draw = (torch.rand(s, generator=step.generator, device=device) for s in ((len(x), 1, 1), size))
+    holes = (draw < share).to(x.device).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return cross_entropy(full_precision(logits_of(step.model, x.masked_fill(holes[:, None], 0))), step.target)
+
+
+def patch_side(images: Tensor) -> int:
+    """Side in pixels of the patches of the finest grid, of at most 8 x 8, that divides images (B, C, H, W)."""
+    return next(images.shape[2] // n for n in range(8, 0, -1) if images.shape[2] % n == images.shape[3] % n == 0)
+
+
 def with_whitening(model: nn.Module, images: Tensor) -> nn.Module:
     """Put group-wise ZCA behind the last block: before the average over positions, else behind the last convolution.
 
@@ -137,6 +158,9 @@ METHODS["saliencydecor-zca"] = Method(
     source=_PAPER,
     colour="#542788",
 )
+METHODS["hide-and-seek"] = Method(
+    {deleted_classification: 1}, label="hide and seek", source="arXiv:1704.04811", colour="#999999", dash=":"
+)
 # the same computing time, and what acts on the gradient itself
 METHODS["standard-long"] = Method({classification: 1}, label="standard, time of both", colour="#7f7f7f", dash="--")
 METHODS["gradient-penalty"] = Method(
@@ -153,4 +177,12 @@ METHODS["adversarial"] = Method(
     dash=":",
 )
 
-__all__ = ["adversarial", "attacked", "gradient_penalty", "whitened_classification", "with_whitening"]
+__all__ = [
+    "adversarial",
+    "attacked",
+    "deleted_classification",
+    "gradient_penalty",
+    "patch_side",
+    "whitened_classification",
+    "with_whitening",
+]

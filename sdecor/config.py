@@ -358,6 +358,11 @@ class Run:
         """Whether it is measured in full: choices, and what a network learns from spoilt data, go by accuracy."""
         return self.evaluate_on == "test" and not self.data.permuted_labels and not self.data.removed
 
+    @property
+    def tuning(self) -> Schedule | None:
+        """How it is trained on images with deletions before it is measured: a tenth of the rate; None if it is not."""
+        return replace(self.schedule, epochs=n, lr=self.schedule.lr / 10) if (n := self.tuning_epochs) else None
+
     def code_now(self) -> str:
         """What `code` would be if the run were described now; empty where it depends on this package alone."""
         own, known = self.objective.settings, registers

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from sdecor._code import code, foreign
 from sdecor._files import locked, replace_atomically, set_aside
 from sdecor.attribution import attribute
-from sdecor.config import Run
+from sdecor.config import Run, Schedule
+from sdecor.deletion import deletion_scores
+from sdecor.ground_truth import object_scores
 from sdecor.images import ImageData, ImageStream, checked_set
 from sdecor.masking import replacement
 from sdecor.measures import faithfulness, localization, representation, robustness, sanity
@@ -48,7 +50,7 @@ MOST = 1000
 BYTES = 150_000
 SAMPLES = 3
 CELLS = 4  # of a mosaic
-CONTROLS = ("ground truth", "constant", "edges", "image", "noise")
+CONTROLS = ("ground truth", "constant", "edges", "image", "noise", "centre spot", "centre box")
 _FEATURES = {
     "correlation": representation.mean_abs_correlation,
     "effective_rank": representation.effective_rank,
@@ -78,6 +80,8 @@ def measure(
     thorough: bool = True,
     metrics: Iterable[str] = RECOMMENDED,
     curve_images: int | None = None,
+    train: ImageData | ImageStream | None = None,
+    tuning: Schedule | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Accuracy, and what the measures say of the gradient of the predicted class and of the features.
 
@@ -88,7 +92,9 @@ def measure(
 
     Given are means over images by measure, without those that are undefined on all; and by name, accuracy at each of
     `FRACTIONS` masked, by fill and order, and the histogram of gradient values. Networks that average over positions,
-    and so take images of any size, play the `grid_pointing_game` too.
+    and so take images of any size, play the `grid_pointing_game` too. With images `train`, there are also the
+    `sdecor.ground_truth.object_scores`, where masks are known, and, if there is a schedule of `tuning`, the
+    `sdecor.deletion.deletion_scores`; both look at `MOST` images of each kind at most.
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
@@ -96,6 +102,7 @@ def measure(
     names = layers or default_layers(model, next(data.subset(1).batches(1))[0])
     per_image: dict[str, list[Tensor]] = defaultdict(list)
     curves: dict[str, list[Tensor]] = defaultdict(list)
+    kept: dict[str, list[float]] = {}
     statistics = {name: representation.Covariance() for name in names}
     histogram = torch.zeros(BINS, dtype=torch.float64)
     generator = torch.Generator(device).manual_seed(seed)
@@ -123,8 +130,15 @@ def measure(
     if thorough and plays(model, next(data.subset(1).batches(1))[0], data.num_classes):
         per_image["grid_pointing_game"].append(grid_pointing_game(model, data.subset(MOST), seed=seed))
     means = {name: float(torch.cat(parts).double().nanmean()) for name, parts in per_image.items()}
+    if thorough and train is not None:
+        some, learned = data.subset(MOST), train.subset(MOST).to(device)
+        means |= object_scores(model, some, learned) if data.has_masks else {}
+        if tuning is not None:
+            scores, drawn = deletion_scores(model, train, some, tuning, seed=seed, device=str(device))
+            means |= scores
+            kept |= drawn
     of = {f"{k}_{name}": float(function(s)) for name, s in statistics.items() for k, function in _FEATURES.items()}
-    out = {name: torch.cat(parts).mean(0).tolist() for name, parts in curves.items()}
+    out = {**kept, **{name: torch.cat(parts).mean(0).tolist() for name, parts in curves.items()}}
     out["gradient_histogram"] = (histogram / histogram.sum().clamp_min(1)).tolist()
     defined = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     return defined | {name: value for name, value in of.items() if math.isfinite(value)}, out
@@ -341,8 +355,9 @@ def measure_again(run: Run, store: Store, *, root: str | os.PathLike[str] | None
         model, record, where = store.model(run), store.record(run), device_of(device)
         assert record is not None  # else there would have been no model
         layers = run.objective.settings.get("layers", ())
-        how: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
-        metrics, curves = measure(model, data, layers=layers, device=where, **how)
+        train = held_out_of(run, store, root, device, "train") if run.thorough else None
+        how: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images, "tuning": run.tuning}
+        metrics, curves = measure(model, data, layers=layers, device=where, train=train, **how)
         losses = {name: values for name, values in record.curves.items() if name.startswith("loss_")}
         known = {**record.environment, "measured": environment(where)}
         known |= {"own_measures": own} if (own := own_measures()) else {}

@@ -115,8 +115,8 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     kept: dict[str, Any] = {"checkpoint": store.checkpoint(run), "spare": spare}
     history = fit(model, train, run.objective, run.schedule, seed=run.seed, **kept, **how)
     layers = run.objective.settings.get("layers", ())
-    wanted: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images}
-    metrics, curves = measure(model, held_out, layers=layers, device=where, **wanted)
+    wanted: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images, "tuning": run.tuning}
+    metrics, curves = measure(model, held_out, layers=layers, device=where, train=train, **wanted)
     shown = exhibit(model, held_out, device=where) if run.thorough else None
     ways = list(dict.fromkeys(history.computed))
     images = {} if run.data.removed else {"train": train.digest, run.evaluate_on: held_out.digest}

@@ -19,7 +19,7 @@ attribution measures objects data
 objective
 baselines training
 store
-prepare parcels
+prepare parcels deletion ground_truth
 evaluation
 experiment choice plan rehearsal planned bundle
 report

@@ -190,7 +190,7 @@ def test_controls_by_hand() -> None:
     mask = torch.zeros(2, 3, 4, dtype=torch.uint8)
     mask[0, 1, 1] = 1
     maps = controls(images, mask)
-    assert list(maps) == ["constant", "edges", "image", "noise", "ground truth"]
+    assert list(maps) == ["constant", "edges", "image", "noise", "centre spot", "centre box", "ground truth"]
     assert maps["constant"].eq(1).all()
     assert maps["edges"][0].tolist() == [[0, 4, 4, 0]] * 3  # a step of 4 in the mean over channels
     assert maps["image"][0].eq(4).all()  # half 0, half 8, the mean is 4
@@ -245,6 +245,16 @@ def test_centre_spot_is_a_gaussian_that_knows_no_image() -> None:
     close(spot[0, 4, 6], torch.tensor(1.0, dtype=torch.float64))
     close(spot[1, 4, 6 + 3], torch.tensor(math.exp(-(3**2) / (2 * 4.5**2)), dtype=torch.float64))
     close(spot[2, 4 - 2, 6], torch.tensor(math.exp(-(2**2) / (2 * 4.5**2)), dtype=torch.float64))
+
+
+def test_centre_box_covers_its_share() -> None:
+    box = sanity.centre_box(torch.rand(2, 3, 9, 12, dtype=torch.float64), share=4 / 9)
+    assert box.shape == (2, 9, 12) and box.dtype == torch.float64
+    assert torch.equal(box[1].nonzero().amin(0), torch.tensor([2, 2])) and box[1].sum() == 5 * 8  # margins 1.5 and 2
+    assert sanity.centre_box(torch.zeros(1, 1, 64, 64)).mean() == pytest.approx(46**2 / 64**2)
+    assert sanity.centre_box(torch.zeros(1, 1, 3, 3), share=1).all()
+    with pytest.raises(ValueError, match="^share must be from 0 to 1, got 2$"):
+        sanity.centre_box(torch.zeros(1, 1, 3, 3), share=2)
 
 
 def test_bad_controls() -> None:

@@ -68,6 +68,7 @@ def box_overlap(saliency: Tensor, mask: Tensor, thresholds: Sequence[float] = TH
 
     It is float64 in [0, 1], for each of the `thresholds` of `map_boxes`, and NaN for an empty mask or a map of zeros.
     """
+    binary(mask, saliency.shape)
     drawn, known = map_boxes(saliency, thresholds), mask_boxes(mask)
     out = torch.full(drawn.shape[:2], math.nan, dtype=torch.float64)
     for i, boxes in enumerate(known):

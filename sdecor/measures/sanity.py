@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdecor.measures._checks import binary, require_images
 from sdecor.measures.case import Explanation, measure
 from sdecor.measures.robustness import spearman
-from sdecor.registers import OneOf
+from sdecor.registers import Between, OneOf
 
 RANDOMIZATIONS = ("cascading", "independent")
 
@@ -102,7 +102,8 @@ def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> di
     Of images (B, C, H, W), in their dtype. `constant`: ones. `edges`: Sobel magnitude of the mean over channels.
     `image`: distance of each pixel's colour from the image's mean colour (Achanta et al. 2009,
     doi:10.1109/CVPR.2009.5206596), so that images may be normalized. `noise`: uniform in [0, 1], the same for all
-    images. With a mask (B, H, W), boolean or 0 and 1, `ground truth`: the mask.
+    images. `centre spot` and `centre box`: see the functions. With a mask (B, H, W), boolean or 0 and 1,
+    `ground truth`: the mask.
     """
     require_images(images)
     images = images.detach()
@@ -115,6 +116,8 @@ def controls(images: Tensor, mask: Tensor | None = None, *, seed: int = 0) -> di
         "edges": sobel.norm(dim=1),
         "image": (images - images.mean((2, 3), keepdim=True)).norm(dim=1),
         "noise": noise.to(images).repeat(len(images), 1, 1),
+        "centre spot": centre_spot(images),
+        "centre box": centre_box(images),
     }
     if mask is not None:
         binary(mask, maps["noise"].shape)
@@ -132,6 +135,20 @@ def centre_spot(images: Tensor, *, width: float = 0.25) -> Tensor:
     rows, columns = (torch.arange(n, dtype=images.dtype, device=images.device) - (n - 1) / 2 for n in (height, across))
     spot = torch.exp(-(rows[:, None].square() + columns.square()) / (2 * (width * height) ** 2))
     return spot.expand(len(images), -1, -1)
+
+
+def centre_box(images: Tensor, *, share: float = 0.5) -> Tensor:
+    """1 in a box at the centre that covers a `share` of the image, and 0 around it, (B, H, W).
+
+    Its margins are rounded to pixels. A control that knows neither the model nor the image.
+    """
+    require_images(images)
+    Between(0, 1).check("share", share)
+    height, across = images.shape[2:]
+    top, left = (round(n * (1 - share**0.5) / 2) for n in (height, across))
+    box = images.new_zeros(height, across)
+    box[top : height - top, left : across - left] = 1
+    return box.expand(len(images), -1, -1)
 
 
 def _copy(model: nn.Module) -> nn.Module:

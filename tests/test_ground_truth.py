@@ -1,0 +1,71 @@
+"""What knowing the object lets one ask: a network that looks at one half, by construction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdecor.data import load
+from sdecor.evaluation import measure
+from sdecor.ground_truth import background_reliance, box_accuracy, object_scores, overlaps
+from sdecor.images import ImageData
+from sdecor.measures.boxes import THRESHOLDS
+from sdecor.measures.sanity import controls
+from sdecor.models import build
+
+
+class Half(nn.Module):
+    """Two classes by the brightness of the left or of the right half."""
+
+    def __init__(self, left: bool) -> None:
+        super().__init__()
+        self.part = slice(0, 4) if left else slice(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x[..., self.part].square().mean((1, 2, 3)) * x[..., self.part].mean((1, 2, 3)).sign()
+        return torch.stack([-bright, bright], 1)
+
+
+def halves(count: int = 40) -> ImageData:
+    """Bright and dark images of class 1 and 0; the object is the left half."""
+    labels = torch.arange(count) % 2
+    images = torch.full((count, 1, 8, 8), 60, dtype=torch.uint8)
+    images[labels == 1] = 200
+    masks = torch.zeros(count, 8, 8, dtype=torch.bool)
+    masks[:, :, :4] = True
+    return ImageData.from_tensors(images, labels, masks=masks)
+
+
+def test_reliance_on_object_or_background() -> None:
+    on, off = (background_reliance(Half(left), halves()) for left in (True, False))
+    assert on["object_only_accuracy"] == off["background_only_accuracy"] == 1
+    assert on["background_only_accuracy"] == off["object_only_accuracy"] == 0.5  # all are of one class
+    assert on["object_only_relevance_mass"] == 1 and off["background_only_relevance_mass"] == 0
+    assert set(on) == {
+        f"{n}_only_{m}" for n in ("object", "background") for m in ("accuracy", "gini", "relevance_mass")
+    }
+    assert background_reliance(Half(True), halves(), batch_size=7) == pytest.approx(on, nan_ok=True)
+    with pytest.raises(ValueError, match="^background_reliance needs masks of objects, and these data have none$"):
+        background_reliance(Half(True), ImageData.from_tensors(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])))
+
+
+def test_boxes_of_a_network_and_of_controls() -> None:
+    data = halves()
+    found = object_scores(Half(True), data, data.subset(10))
+    assert found["box_accuracy"] == found["max_box_accuracy"] == 1 and found["box_overlap"] > 0.75
+    assert object_scores(Half(False), data, data.subset(10))["max_box_accuracy"] == 0
+    constant = box_accuracy(lambda x: controls(x)["constant"], data, data.subset(10))
+    assert constant["box_overlap"] == 0.5 and constant["box_accuracy"] == 1  # half the image: just at the limit
+    assert overlaps(lambda x: controls(x)["noise"], data, batch_size=9).shape == (40, len(THRESHOLDS))
+
+
+def test_a_run_is_measured_with_them() -> None:
+    data, train = load("shapes", split="test", limit=30), load("shapes", limit=20)
+    model = build("lenet", 3, 8, 32)
+    with_them, _ = measure(model, data, metrics=(), train=train)
+    without, _ = measure(model, data, metrics=())
+    extra = set(with_them) - set(without)
+    assert extra == set(object_scores(model, data, train)) and len(extra) == 10
+    assert {name: with_them[name] for name in without} == without
+    assert set(measure(model, data, thorough=False, train=train)[0]) & extra == set()
