@@ -126,6 +126,7 @@ class Data:
     name: str = setting("shapes", "Name in the register of data sets, or an image folder (folder:PATH).")
     limit: Annotated[int | None, Between(1)] = setting(None, "Use only so many training images.")
     options: Pairs = setting((), "Options of the data set.")
+    per_class: Annotated[int | None, Between(1)] = setting(None, "Use only so many training images of each class.")
     permuted_labels: bool = setting(False, "Train on labels in random order, for the sanity check by labels.")
     removed: Annotated[float, Between(0, 1)] = setting(
         0.0, "Remove and retrain (ROAR, arXiv:1806.10758): share of the pixels of every image that has the mean colour."

@@ -83,6 +83,7 @@ def load(
     *,
     image_size: int | None = None,
     limit: int | None = None,
+    per_class: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> ImageData | ImageStream:
@@ -90,10 +91,11 @@ def load(
 
     `name` is in `sdecor.registers.DATASETS`, or an image folder: its path, or ``folder:PATH``, with images in
     ``PATH/train/CLASS`` and perhaps ``val`` and ``test`` beside ``train``. A missing validation split is
-    drawn from the training images, and `limit` images from those of any split, by constant seeds; `seed` is for sets
-    that are drawn themselves, such as ``shapes``. The side `image_size` is by default that of the data set, and for a
-    folder the median of the short sides of 64 training images, drawn by a constant seed, at most 224; smaller images
-    are enlarged. `root` is as `data_root` takes it; ``sdecor list datasets NAME`` shows the `options`.
+    drawn from the training images, and from those of any split `per_class` images of each class and `limit` images of
+    these or of all, by constant seeds; `seed` is for sets that are drawn themselves, such as ``shapes``. The side
+    `image_size` is by default that of the data set, and for a folder the median of the short sides of 64 training
+    images, drawn by a constant seed, at most 224; smaller images are enlarged. `root` is as `data_root` takes it;
+    ``sdecor list datasets NAME`` shows the `options`.
 
     Every file below a class folder counts whose suffix is in `sdecor._files.IMAGES`; `decode_all` says how it is read.
     Files that are no images are left out with a warning, and so are folders that are neither a split nor called
@@ -109,9 +111,22 @@ def load(
     sized = {} if image_size is None else {"image_size": image_size}
     entry, folder, checked = checked_data(name, limit, {**sized, **options})
     OneOf(SPLITS).check("split", split)
-    request = Request(folder or data_root(root), split, checked.pop("image_size"), limit, seed)
+    all_of = limit if per_class is None else None
+    request = Request(folder or data_root(root), split, checked.pop("image_size"), all_of, seed)
     data = _completed(entry, request, checked)
+    if per_class is not None:
+        data = data.subset(_of_each(data.labels.cpu(), per_class))
     return data if limit is None or limit >= len(data) else data.subset(limit)
+
+
+def _of_each(labels: Tensor, count: int) -> Tensor:
+    """Indices, in order, of so many images of each class, drawn by a constant seed; ValueError if one has fewer."""
+    Between(1).check("per_class", count)
+    order = permutation(len(labels))
+    chosen = [order[labels[order] == c][:count] for c in labels.unique()]
+    if (fewest := min(map(len, chosen))) < count:
+        raise ValueError(f"per_class={count}, but there is a class with {fewest} images")
+    return torch.cat(chosen).sort().values
 
 
 def _completed(entry: Dataset, request: Request, options: dict[str, Any]) -> ImageData | ImageStream:
@@ -237,13 +252,10 @@ def cifar10_jpeg(request: Request) -> ImageData | ImageStream:
     present=lambda root: (root / CALTECH).is_dir(),
     layouts=({"folder": CALTECH, "without": "BACKGROUND_Google", "images": {".": 8677}},),
 )
-def caltech101(
-    request: Request, *, download: bool = True, per_class: Annotated[int, Between(1, 25)] = 25
-) -> ImageData | ImageStream:
+def caltech101(request: Request, *, download: bool = True) -> ImageData | ImageStream:
     """Photographs, colour; `download` fetches what is missing.
 
-    Of each class 25 images are for training, or the first `per_class` of these, 5 for validation, and up to 50 of the
-    others for the test.
+    Of each class 25 images are for training, 5 for validation, and up to 50 of the others for the test.
     """
     provide("caltech101", request.root, download=download)
     files, classes = _labelled(request.root / CALTECH, without="BACKGROUND_Google")
@@ -253,7 +265,7 @@ def caltech101(
         if len(own) < 31:
             raise ValueError(f"{request.root / CALTECH / name} holds {len(own)} images, Caltech-101 has at least 31")
         own = _shuffled(own, seed=c)[:80]
-        for split, part in zip(SPLITS, (own[:per_class], own[25:30], own[30:]), strict=True):
+        for split, part in zip(SPLITS, (own[:25], own[25:30], own[30:]), strict=True):
             parts[split] += part
     return _from_files(request, "caltech101", request.root / CALTECH, classes, parts)
 

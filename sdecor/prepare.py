@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +31,8 @@ def data_of(
     if d.path is not None and (found := fingerprint(d.path)) != d.fingerprint:
         problem = f"its fingerprint is {found}, the run was described for {d.fingerprint}"
         raise ValueError(f"{d.path} has changed: {problem}; describe the run anew")
-    limit = d.limit if split == "train" else None
-    data = load(d.name, root, split, limit=limit, **dict(d.options))
+    fewer: dict[str, Any] = {"limit": d.limit, "per_class": d.per_class} if split == "train" else {}
+    data = load(d.name, root, split, **fewer, **dict(d.options))
     if d.permuted_labels and split == "train":
         data = replace(data, labels=data.labels[permutation(len(data), run.seed)])
     if not d.removed:

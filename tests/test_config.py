@@ -102,7 +102,7 @@ def test_every_setting_that_is_used_changes_the_key() -> None:
         "weight_decay": 0.1, "optimizer": "adamw", "momentum": 0.5, "shape": "constant", "clip": None,
         "augment": ("flip",), "weights": {"consistency": 0.1}, "permuted_labels": True, "removed": 0.5,
         "curve_images": 9,
-        "tuning_epochs": 2,
+        "tuning_epochs": 2, "per_class": 3,
     }  # fmt: skip
     assert {*others, "removed_by", "settings", "fingerprint", "code"} == set(flat_fields())
     wide = base.but(model="resnet18")

@@ -20,8 +20,11 @@ from pictures import exactly, fake_mnist, generator
 from PIL import Image
 
 from sdecor import config, data, images
+from sdecor.config import Run
 from sdecor.data import ImageData, ImageStream, Request, dataset, load
+from sdecor.prepare import data_of
 from sdecor.registers import DATASETS
+from sdecor.store import Store
 
 
 def test_the_examples_in_the_docstrings_run() -> None:
@@ -214,6 +217,19 @@ def test_a_large_folder_is_streamed_with_equal_batches(folder: Path, workers: in
         assert torch.equal(a, c) and torch.equal(b, e)
     assert torch.equal(streamed.subset(5).labels, held.subset(5).labels)
     assert not streamed.has_masks and not held.has_masks
+
+
+def test_so_many_of_each_class(folder: Path) -> None:
+    for name, how in (("digits", {}), (str(folder), {}), (str(folder), {"memory_limit": 0})):
+        whole, few, fewer = (load(name, per_class=n, **how) for n in (None, 3, 2))
+        assert fewer.labels.bincount().tolist() == [2] * whole.num_classes
+        assert few.labels.bincount().tolist() == [3] * whole.num_classes
+        assert (few.mean, few.std) == (whole.mean, whole.std) and set(fewer.paths) <= set(few.paths) <= set(whole.paths)
+    assert len(load("digits", per_class=3, limit=7)) == 7
+    with pytest.raises(ValueError, match=r"^per_class=999, but there is a class with \d+ images$"):
+        load("digits", per_class=999)
+    run = Run.of(data="digits", per_class=2)
+    assert len(data_of(run, Store("nowhere"), "train")) == 20 and len(data_of(run, Store("nowhere"), "test")) == 500
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:
