@@ -1,19 +1,20 @@
 """What can be asked of a classifier where the objects of its images are known: boxes from its maps, object, background.
 
-`model` and `data` are on one device; maps are the magnitude of the gradient of the predicted class.
+Where they are not known it is a ValueError. `model` and `data` are on one device; the maps of a classifier are the
+magnitude of the gradient of the predicted class.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from sdecor.images import ImageData, ImageStream
-from sdecor.measures.boxes import box_overlap, box_scores
-from sdecor.measures.localization import relevance_mass
+from sdecor.measures.boxes import box_fits, box_overlap
+from sdecor.measures.localization import auroc, pointing_game, relevance_mass
 from sdecor.measures.sharpness import gini
 from sdecor.saliency import logits_and_gradient, pixel_score
 
@@ -21,15 +22,32 @@ from sdecor.saliency import logits_and_gradient, pixel_score
 Explain = Callable[[Tensor], Tensor]
 
 
+def _known(data: ImageData | ImageStream, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for x, y, mask in data.batches_with_masks(batch_size):
+        if mask is None:
+            raise ValueError(f"the images of {data.name} have no masks of objects")
+        yield x, y, mask
+
+
 def overlaps(explain: Explain, data: ImageData | ImageStream, *, batch_size: int = 500) -> Tensor:
     """Overlap of boxes from maps and boxes of objects, (N, T): see `sdecor.measures.boxes.box_overlap`."""
-    parts = data.batches_with_masks(batch_size)
-    return torch.cat([box_overlap(explain(x), mask) for x, _, mask in parts if mask is not None])
+    return torch.cat([box_overlap(explain(x), mask) for x, _, mask in _known(data, batch_size)])
 
 
-def box_accuracy(explain: Explain, data: ImageData | ImageStream, train: ImageData | ImageStream) -> dict[str, float]:
-    """How often boxes fit, at a threshold that is chosen on the images `train`: `sdecor.measures.boxes.box_scores`."""
-    return box_scores(overlaps(explain, data), overlaps(explain, train))
+def localization_scores(
+    explain: Explain, data: ImageData | ImageStream, train: ImageData | ImageStream, *, batch_size: int = 500
+) -> dict[str, Tensor]:
+    """How well maps lie on the objects, an image at a time (N,): energy, peak and order on the object, and boxes.
+
+    Boxes are those of `sdecor.measures.boxes.box_fits`, at a threshold that is chosen on the images `train`.
+    """
+    fits, _ = box_fits(overlaps(explain, data), overlaps(explain, train))
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for x, _, mask in _known(data, batch_size):
+        saliency = explain(x)
+        for measure in (relevance_mass, pointing_game, auroc):
+            found[measure.__name__].append(measure(saliency, mask))
+    return {**{name: torch.cat(parts) for name, parts in found.items()}, **fits}
 
 
 def background_reliance(model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 500) -> dict[str, float]:
@@ -39,9 +57,7 @@ def background_reliance(model: nn.Module, data: ImageData | ImageStream, *, batc
     its ``gini`` and ``relevance_mass``, the share of it that lies where the object is, or was.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
-    for x, y, mask in data.batches_with_masks(batch_size):
-        if mask is None:
-            raise ValueError("background_reliance needs masks of objects, and these data have none")
+    for x, y, mask in _known(data, batch_size):
         for name, kept in {"object_only": mask, "background_only": ~mask}.items():
             logits, gradient = logits_and_gradient(model, x * kept[:, None])  # 0 is the mean colour
             saliency = pixel_score(gradient)
@@ -52,9 +68,11 @@ def background_reliance(model: nn.Module, data: ImageData | ImageStream, *, batc
 
 
 def object_scores(model: nn.Module, data: ImageData | ImageStream, train: ImageData | ImageStream) -> dict[str, float]:
-    """`box_accuracy` of the gradient maps of a classifier, and its `background_reliance`."""
+    """How often boxes from the gradient maps of a classifier fit, and its `background_reliance`; means over images."""
 
     def explain(x: Tensor) -> Tensor:
         return pixel_score(logits_and_gradient(model, x)[1])
 
-    return {**box_accuracy(explain, data, train), **background_reliance(model, data)}
+    fits, threshold = box_fits(overlaps(explain, data), overlaps(explain, train))
+    boxes = {name: float(values.nanmean()) for name, values in fits.items()}
+    return {**boxes, "box_threshold": threshold, **background_reliance(model, data)}

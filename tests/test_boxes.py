@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdecor.measures.boxes import THRESHOLDS, box_overlap, box_scores, map_boxes, mask_boxes
+from sdecor.measures.boxes import THRESHOLDS, box_fits, box_overlap, map_boxes, mask_boxes
 from sdecor.measures.localization import box_masks
 
 
@@ -75,13 +75,14 @@ def test_the_best_of_several_objects_counts_and_nothing_is_nan() -> None:
 def test_the_threshold_is_chosen_on_training_images() -> None:
     train = torch.tensor([[0.6, 0.4, 0.6], [0.7, 0.6, 0.2], [math.nan] * 3], dtype=torch.float64)
     test = torch.tensor([[0.1, 0.5, 0.9], [0.5, 0.2, 0.6], [math.nan] * 3, [0.0, 0.0, 0.7]], dtype=torch.float64)
-    found = box_scores(test, train, [0.2, 0.4, 0.6])
-    assert found == {
-        "box_accuracy": pytest.approx(1 / 3),
-        "max_box_accuracy": 1.0,
-        "box_overlap": pytest.approx(0.2),
-        "box_threshold": 0.2,
-    }
+    found, threshold = box_fits(test, train, [0.2, 0.4, 0.6])
+    assert threshold == 0.2
+    for name, wanted in {
+        "box_accuracy": [0, 1, math.nan, 0],
+        "max_box_accuracy": [1, 1, math.nan, 1],
+        "box_overlap": [0.1, 0.5, math.nan, 0],
+    }.items():
+        assert found[name].tolist() == pytest.approx(wanted, nan_ok=True)
 
 
 def test_bad_input() -> None:

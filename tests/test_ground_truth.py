@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdecor.data import load
 from sdecor.evaluation import measure
-from sdecor.ground_truth import background_reliance, box_accuracy, object_scores, overlaps
+from sdecor.ground_truth import background_reliance, localization_scores, object_scores, overlaps
 from sdecor.images import ImageData
 from sdecor.measures.boxes import THRESHOLDS
 from sdecor.measures.sanity import controls
@@ -46,7 +46,7 @@ def test_reliance_on_object_or_background() -> None:
         f"{n}_only_{m}" for n in ("object", "background") for m in ("accuracy", "gini", "relevance_mass")
     }
     assert background_reliance(Half(True), halves(), batch_size=7) == pytest.approx(on, nan_ok=True)
-    with pytest.raises(ValueError, match="^background_reliance needs masks of objects, and these data have none$"):
+    with pytest.raises(ValueError, match="^the images of custom have no masks of objects$"):
         background_reliance(Half(True), ImageData.from_tensors(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])))
 
 
@@ -55,8 +55,13 @@ def test_boxes_of_a_network_and_of_controls() -> None:
     found = object_scores(Half(True), data, data.subset(10))
     assert found["box_accuracy"] == found["max_box_accuracy"] == 1 and found["box_overlap"] > 0.75
     assert object_scores(Half(False), data, data.subset(10))["max_box_accuracy"] == 0
-    constant = box_accuracy(lambda x: controls(x)["constant"], data, data.subset(10))
-    assert constant["box_overlap"] == 0.5 and constant["box_accuracy"] == 1  # half the image: just at the limit
+    constant = localization_scores(lambda x: controls(x)["constant"], data, data.subset(10))
+    assert {name: values.mean() for name, values in constant.items()} == {
+        **{name: 0.5 for name in ("relevance_mass", "pointing_game", "auroc", "box_overlap")},
+        "box_accuracy": 1,  # half the image: just at the limit
+        "max_box_accuracy": 1,
+    }
+    assert all(values.shape == (40,) for values in constant.values())
     assert overlaps(lambda x: controls(x)["noise"], data, batch_size=9).shape == (40, len(THRESHOLDS))
 
 

@@ -42,6 +42,17 @@ RECORDS = [
 ]
 
 
+def test_scores_have_the_interval_of_their_mean() -> None:
+    scores = {"noise": {"accuracy": [0.5, 0.7, 0.9, float("nan")]}, "one": {"accuracy": [0.25]}, "none": {}}
+    found = report.score_table(scores, COLUMNS)
+    low, high = stats.ttest_1samp([50, 70, 90], 0).confidence_interval()
+    assert found.to_dict("index") == {
+        "noise": {"accuracy, %": f"70.0 [{low:.1f}, {high:.1f}]", "mass": "–"},
+        "one": {"accuracy, %": "25.0", "mass": "–"},
+        "none": {"accuracy, %": "–", "mass": "–"},
+    }
+
+
 @pytest.fixture
 def glued(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What is glued: name to the text of the value."""

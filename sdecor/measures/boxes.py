@@ -83,15 +83,15 @@ def _overlap(a: Tensor, b: Tensor) -> Tensor:
     return both / ((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both)
 
 
-def box_scores(test: Tensor, train: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, float]:
-    """How often boxes fit, of overlaps (N, T) that `box_overlap` gives on test and on training images.
+def box_fits(test: Tensor, train: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> tuple[dict[str, Tensor], float]:
+    """Which boxes fit, of overlaps (N, T) that `box_overlap` gives on test and on training images, and the threshold.
 
-    ``box_accuracy`` is the share of test images with an overlap of at least 0.5 at the threshold that is best on the
-    training images, ``box_threshold``; ``max_box_accuracy`` at the threshold that is best on the test images
-    themselves, and so a little too high; ``box_overlap`` the mean overlap at the first. Images without an overlap, NaN,
-    are left out. Source: Choe et al. 2020, arXiv:2001.07437.
+    The threshold is the best one on the training images: where most of them overlap by at least 0.5. By name, (N,)
+    float64, NaN where there is no overlap: ``box_accuracy``, 1 where a test image does so at that threshold, else 0;
+    ``box_overlap`` at it; and ``max_box_accuracy``, at the threshold that is best on the test images themselves, and so
+    a little too high. Source: Choe et al. 2020, arXiv:2001.07437.
     """
-    hits, there = ((of >= OVERLAP).double().sum(0) / (~of.isnan()).sum(0) for of in (test, train))
-    best = int(there.argmax())
-    scores = {"box_accuracy": hits[best], "max_box_accuracy": hits.max(), "box_overlap": test[:, best].nanmean()}
-    return {**{name: float(value) for name, value in scores.items()}, "box_threshold": float(thresholds[best])}
+    hits, there = ((of >= OVERLAP).double().masked_fill(of.isnan(), math.nan) for of in (test, train))
+    best, highest = (int(of.nanmean(0).nan_to_num(-1).argmax()) for of in (there, hits))
+    fits = {"box_accuracy": hits[:, best], "max_box_accuracy": hits[:, highest], "box_overlap": test[:, best]}
+    return fits, float(thresholds[best])

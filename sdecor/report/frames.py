@@ -17,6 +17,14 @@ _NO_SETTING = ("arm", "key", "seed", "measure", "value")
 PLAIN = {
     "grid_pointing_game": ("grid pointing game ↑", 1.0, 3),
     "accuracy": ("accuracy, % ↑", 100.0, 2),
+    "box_accuracy": ("boxes that fit, % ↑", 100.0, 1),
+    "max_box_accuracy": ("boxes that fit at best, % ↑", 100.0, 1),
+    "object_only_accuracy": ("accuracy, object alone, % ↑", 100.0, 1),
+    "background_only_accuracy": ("accuracy, background alone, % ↓", 100.0, 1),
+    "object_only_relevance_mass": ("mass on object, object alone ↑", 1.0, 3),
+    "background_only_relevance_mass": ("mass where the object was ↓", 1.0, 3),
+    "deletion_area": ("area between deletion curves ↑", 1.0, 3),
+    "fair_deletion_area": ("the same after fine-tuning ↑", 1.0, 3),
     "cross_entropy": ("cross-entropy in training, at the end", 1.0, 4),
 }
 _OF_LAYER = {"correlation_": ("mean |r|", 3), "effective_rank_": ("effective rank", 1)}

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
+import torch
 
-from sdecor.measures.statistics import holm, paired_difference, paired_test, summary
+from sdecor.measures.statistics import Values, holm, paired_difference, paired_test, summary
 from sdecor.report.frames import Columns, differing, frame, headings, wide
 from sdecor.store import Record
 
@@ -45,6 +46,24 @@ def table(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
                 spread = f" ± {sd:.{digits}f}" if len(values) > 1 else ""
                 out[arm][heading] = f"{mean:.{digits}f}{spread}{_of(len(values), seeds[arm])}"
     return _counted(out, seeds)
+
+
+def score_table(scores: Mapping[str, Mapping[str, Values]], columns: Columns) -> pd.DataFrame:
+    """Strings ``mean [low, high]``, with the 95 % t interval of the mean of values, NaN left out: a row a name.
+
+    The values may be of images, for a map that no network made, or of seeds. A single one has no interval, and none a
+    dash.
+    """
+    out: dict[str, dict[str, str]] = {name: {} for name in scores}
+    for measure, (heading, factor, digits) in headings(columns).items():
+        for name, given in scores.items():
+            values = torch.as_tensor(given.get(measure, ()), dtype=torch.float64)
+            out[name][heading] = DASH
+            if len(values := factor * values[~values.isnan()]):
+                mean, low, high = paired_difference(values, torch.zeros_like(values))
+                interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(values) > 1 else ""
+                out[name][heading] = f"{mean:.{digits}f}{interval}"
+    return pd.DataFrame.from_dict(out, orient="index")
 
 
 def overview(records: Iterable[Record]) -> pd.DataFrame:
