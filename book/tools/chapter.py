@@ -31,6 +31,8 @@ from . import BOOK, ROOT
 __all__ = ["glue", "holds", "kept", "parameters", "plan", "planned", "presets", "progress", "published", "records"]
 __all__ += ["shown", "spread", "store"]
 _SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+#: The cross-entropy of training at its end, as `sdecor.report.frame` takes it.
+CROSS_ENTROPY = {"cross_entropy": lambda record: record.curves["loss_classification"][-1]}
 _HOW = {"retrain", "workers", "device", "data_root"}  # they decide how, and not what, is run
 _READ = "no network is trained here, all are read from records"
 _OTHER = (
@@ -217,6 +219,12 @@ def planned(plan: Plan, settings: SimpleNamespace, shelf: Store, *, classes: int
     if not found.records:
         raise FileNotFoundError(f"{shelf.root} holds no records of this plan at '{preset}'; pass retrain=True to train")
     return found
+
+
+def sizes(plan: Plan, settings: SimpleNamespace, shelf: Store, main: Results) -> dict[str, Results]:
+    """What a page of a plan shows, by preset: `main`, and if it is the published page all that have records."""
+    others = published(plan, shelf) if settings.preset == "published" else []
+    return {main.course.preset: main, **{f.course.preset: f for f in others if f.course.preset != main.course.preset}}
 
 
 def _check_test(course: Course, shelf: Store, root: str | None, classes: int) -> None:
