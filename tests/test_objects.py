@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from plans import CLAIM
 
+from sdecor.__main__ import app
 from sdecor.data import load
 from sdecor.evaluation import exhibit, measure
 from sdecor.images import ImageData, ImageStream
 from sdecor.models import build
 from sdecor.objects import Objects
+from sdecor.plan import Plan
+from sdecor.rehearsal import check
+from sdecor.store import Store
 
 WIDE = (24, 16)  # width and height of the images
 
@@ -214,3 +220,27 @@ def test_real_boxes(real_data: Path) -> None:
     [row] = [row for row in rows if row.startswith("test/goldfish/0000.jpg,")]
     x0, y0, x1, y1 = map(int, row.split(",")[1:])
     assert where.amin(0).tolist() == [y0, x0] and where.amax(0).tolist() == [y1, x1]
+
+
+def test_they_reach_command_line_and_plan(tmp_path: Path) -> None:
+    root = boxes(
+        made(tmp_path / "images"),
+        *[f"{s}/{c}/{i}.png,4,0,11,7" for s in ("train", "test") for c in "ab" for i in range(4)],
+    )
+    how = "--model cnn_small --epochs 1 --batch-size 4 --tuning-epochs 1 --store".split()
+    said = CliRunner().invoke(app, ["train", "--data", f"folder:{root}", *how, str(tmp_path / "store")])
+    assert said.exit_code == 0, said.output
+    for name in ("relevance_mass", "pointing_game", "box_accuracy", "background_only_accuracy", "fair_deletion_area"):
+        assert f"\n  {name} " in said.stdout
+    claim = {**CLAIM, "measure": "box_accuracy", "arm": "decorrelation"}
+    plan: dict[str, Any] = {
+        "shared": {"data": f"folder:{root}", "model": "cnn_small", "epochs": 1, "batch_size": 4},
+        "arms": {"standard": {}, "decorrelation": {}},
+        "presets": {"one": {"seeds": 1}},
+    }
+    check(Plan.of("p", {**plan, "claims": [claim]}).at("one"), Store(tmp_path / "other"))
+    with pytest.raises(ValueError, match="fair_deletion_area needs tuning_epochs, and there are none$"):
+        check(Plan.of("p", {**plan, "claims": [{**claim, "measure": "fair_deletion_area"}]}).at("one"), Store(tmp_path))
+    (root / "boxes.csv").unlink()
+    with pytest.raises(ValueError, match="box_accuracy needs masks of objects, and 'folder:.*' has none$"):
+        check(Plan.of("p", {**plan, "claims": [claim]}).at("one"), Store(tmp_path / "other"))
