@@ -9,21 +9,11 @@ decimals, such as ``{"accuracy": ("accuracy, %", 100, 2)}``.
 """
 
 from sdecor.report.figures import forest, response_figure, verdict_figure
-from sdecor.report.frames import arms, curves, frame
+from sdecor.report.frames import arms, curves, frame, headings
 from sdecor.report.page import glue, glue_differences, glue_values, provenance
 from sdecor.report.tables import difference_table, differences, overview, pairs, score_table, table
 from sdecor.report.verdicts import verdict, verdict_table
 
 __all__ = ["arms", "curves", "difference_table", "differences", "forest", "frame", "glue", "glue_differences"]
-__all__ += [
-    "glue_values",
-    "overview",
-    "pairs",
-    "provenance",
-    "response_figure",
-    "score_table",
-    "table",
-    "verdict",
-    "verdict_figure",
-]
-__all__ += ["verdict_table"]
+__all__ += ["glue_values", "headings", "overview", "pairs", "provenance", "response_figure", "score_table", "table"]
+__all__ += ["verdict", "verdict_figure", "verdict_table"]
