@@ -607,10 +607,8 @@ class ImageStream(_Images):
         try:
             yield from running
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise ChildProcessError(
-                f"a process that decodes images of {self.root or 'a stream'} ended: {why}"
-            ) from error
+            what = f"a process that decodes images of {self.root} broke down"
+            raise ChildProcessError(f"{what} ({str(error).splitlines()[0]}); give it more memory") from error
         finally:
             del running  # and with it the processes
 
