@@ -164,9 +164,9 @@ class _Images(ABC):
     def _statistics(self, x: Tensor) -> Iterator[Tensor]:
         return (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
 
-    def _normalize(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         mean, std = self._statistics(images)
-        return images.float().div_(255).sub_(mean).div_(std)
+        return images.to(torch.float32, memory_format=layout).div_(255).sub_(mean).div_(std)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Undo the normalization: float (B, C, H, W) back to [0, 1] units."""
@@ -215,10 +215,12 @@ class _Images(ABC):
             order = order[: len(order) // batch_size * batch_size]
         for images, y, mask in self._read(order, batch_size, masks):
             if augment:  # the mask as one more channel, so that it goes where the pixels go
-                both = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
-                both = augmented(both, augment, generator)
-                images, mask = both[:, : self.channels], None if mask is None else both[:, -1].bool()
-            yield self._normalize(images.contiguous(memory_format=layout)), y, mask
+                images = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
+                images = augmented(images, augment, generator)
+                mask, images = None if mask is None else images[:, -1].bool(), images[:, : self.channels]
+            x = self._normalize(images, layout)
+            del images  # while x is used, and while other processes start, which keep what there is then
+            yield x, y, mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -570,22 +572,27 @@ class ImageStream(_Images):
         copied: deque[torch.cuda.Event] = deque()
         with closing(self._pieces(order, size, decoder)) as pieces:
             for index in (order[start : start + size] for start in range(0, len(order), size)):
-                shape = (len(index), *[self.image_size] * 2)
-                images = torch.empty(*shape, 3, dtype=torch.uint8, device=self.device)
-                known = None if marks is None else torch.empty(shape, dtype=torch.bool, device=self.device)
-                done = 0
-                while done < len(index):
-                    if isinstance(read := next(pieces), str):
-                        raise ValueError(read)
-                    piece = slice(done, done := done + len(read[0]))
-                    images[piece].copy_(read[0], non_blocking=True)
-                    if known is not None:
-                        known[piece].copy_(read[1], non_blocking=True)
-                if self.device.type == "cuda":  # what is copied later is held until then: at most two batches
+                if (
+                    self.device.type == "cuda"
+                ):  # what is to be copied is held until then: no more than two batches of it
                     copied.append(torch.cuda.current_stream(self.device).record_event())
                     if len(copied) > 1:
                         copied.popleft().synchronize()
-                yield images.movedim(-1, 1), self.labels[index].to(self.device, non_blocking=True), known
+                yield self._whole(pieces, index, marks is not None)
+
+    def _whole(self, pieces: Iterator[Any], index: Tensor, masks: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch, put together on the device."""
+        shape, done = (len(index), self.image_size, self.image_size), 0
+        images = torch.empty(*shape, 3, dtype=torch.uint8, device=self.device)
+        known = torch.empty(shape, dtype=torch.bool, device=self.device) if masks else None
+        while done < len(index):
+            if isinstance(read := next(pieces), str):
+                raise ValueError(read)
+            piece = slice(done, done := done + len(read[0]))
+            images[piece].copy_(read[0], non_blocking=True)
+            if known is not None:
+                known[piece].copy_(read[1], non_blocking=True)
+        return images.movedim(-1, 1), self.labels[index].to(self.device, non_blocking=True), known
 
     def _pieces(self, order: Tensor, size: int, decoder: _Decoder) -> Generator[Any, None, None]:
         """What the decoder makes, in order, of the batches of this size or, by other processes, of parts of them."""
