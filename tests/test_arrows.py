@@ -21,7 +21,7 @@ baselines training
 store
 prepare parcels
 evaluation
-experiment choice plan rehearsal planned bundle
+experiment choice plan rehearsal pace planned bundle
 report
 __main__
 """
