@@ -611,13 +611,16 @@ class ImageStream(_Images):
         files = DataLoader(dataset, None, sampler=asked, pin_memory=gpu, generator=torch.Generator(), **how)
         with torch.cuda.device(self.device) if gpu else nullcontext():
             running = iter(files)
+        why = ""
         try:
             yield from running
-        except RuntimeError as error:
-            what = f"a process that decodes images of {self.root} broke down"
-            raise ChildProcessError(f"{what} ({str(error).splitlines()[0]}); give it more memory") from error
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two come from one that is just ending
+            why = f"{type(error).__name__}: {error}".splitlines()[0]  # its traceback would keep the processes
         finally:
             del running  # and with it the processes
+        if why:
+            what = f"a process that decodes images of {self.root} broke down"
+            raise ChildProcessError(f"{what} ({why}); it may lack memory")
 
     def _asked(self, order: Tensor, size: int, most: int) -> Iterator[tuple[list[str], list[list[int]]]]:
         """Paths and rows of the images in this order, of at most so many at once, and of one batch each time."""

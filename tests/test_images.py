@@ -441,14 +441,15 @@ def test_a_process_that_is_killed_is_an_error_of_one_line(stream: ImageStream) -
     (process,) = multiprocessing.active_children()
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own raises wherever we happen to be
     try:
+        time.sleep(0.5)  # until it waits, and holds no lock
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ChildProcessError) as error:
             list(batches)
     finally:
         signal.signal(signal.SIGCHLD, before)
     said = str(error.value)
-    assert said.startswith(f"a process that decodes images of {stream.root} broke down (DataLoader worker (pid")
-    assert said.endswith("); give it more memory") and "\n" not in said
+    assert said.startswith(f"a process that decodes images of {stream.root} broke down (")
+    assert said.endswith("); it may lack memory") and "\n" not in said
     assert not multiprocessing.active_children()
 
 
