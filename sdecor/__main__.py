@@ -1,4 +1,4 @@
-"""The command line: ``sdecor train | grid | plan | run | merge | bundle | measure | show | list | data``.
+"""The command line: ``sdecor train | pace | grid | plan | run | merge | bundle | measure | show | list | data``.
 
 Heavy imports wait for the command that needs them, so that ``sdecor --help`` is quick.
 """
@@ -85,11 +85,14 @@ _named = _several(click.argument("name"), _root)
 _PATH: Any = click.Path(path_type=Path)
 _FROM_1: Any = {"type": click.IntRange(1), "show_default": True}
 _only = click.option("--data", default="", help="Only runs on this data set.")
-_work = _several(
-    _where,
+_way = _several(
     _device,
     click.option("--amp", is_flag=True, help="bfloat16 autocast."),
     click.option("--compile", "compiled", is_flag=True, help="Run the model through torch.compile."),
+)
+_work = _several(
+    _where,
+    _way,
     click.option("--quiet", is_flag=True, help="No progress bar."),
 )
 
@@ -127,6 +130,19 @@ def train(ctx: click.Context, /, store: str, data_root: str, quiet: bool, **how:
     click.echo(f"{run.method} on {run.data.name}, seed {run.seed}: {run.key} in {shelf.root}")
     for name, value in sorted(record.metrics.items()):
         click.echo(f"  {name:24s} {value:.4f}")
+
+
+@app.command()
+@_settings()
+@_root
+@_way
+@click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(1), help="To measure, about.")
+@click.pass_context
+def pace(ctx: click.Context, /, data_root: str, **how: Any) -> None:
+    """Say how fast a run would go here, whether reading or the step is slower, and how long training would take."""
+    from sdecor.pace import described, measured
+
+    click.echo(measured(described(**(ctx.obj or {})), root=data_root or None, **how))
 
 
 @app.command()

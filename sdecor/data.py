@@ -445,7 +445,9 @@ def _from_files(
     size, split, files = request.image_size or 0, request.split, parts[request.split]
     small: dict[str, int] = {}
     read = partial(decode_with_masks, small=small) if stream else _decoded
-    mean, std = moments(read(tuple(path for path, _ in _shuffled(parts["train"])[:2048]), size)[0])
+    sample = tuple(path for path, _ in _shuffled(parts["train"])[:2048])
+    step = 256 if stream else 2048  # not all at once where there may be no room for them
+    mean, std = moments(read(sample[i : i + step], size)[0] for i in range(0, len(sample), step))
     if request.limit is not None and request.limit < len(files):  # before decoding; the same choice as `subset` makes
         files = [files[i] for i in sorted(permutation(len(files))[: request.limit].tolist())]
     paths, labels = tuple(path for path, _ in files), torch.tensor([label for _, label in files], dtype=torch.int64)

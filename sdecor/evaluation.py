@@ -241,7 +241,7 @@ def tabulate(
     many held-out `images`, the same ones for all runs on the same data. What was computed is kept in the store,
     attribution by attribution: a killed call goes on where it was. What was made of another number of images, of other
     weights, or with other measures or code of one's own is made anew. Measures that need noise draw it `SAMPLES` times.
-    Too few images, or streamed ones, raise ValueError, and missing weights FileNotFoundError.
+    Too few images raise ValueError, and missing weights FileNotFoundError.
     """
     names = [ATTRIBUTIONS[name].name for name in (ATTRIBUTIONS if attributions is None else attributions)]
     if not isinstance(images, int) or images < 1:
@@ -306,12 +306,10 @@ def _cases(
     if not set(names) - {CONTROLS[0]}:  # it comes first: if others are there and it is not, there is no mask
         return
     data = held_out_of(run, store, root, device)
-    if isinstance(data, ImageStream):
-        raise ValueError("a table needs images in memory, and these are streamed; raise memory_limit")
     if images > len(data):
         raise ValueError(f"images must be at most {len(data)}, the held-out ones of {run.data.name}, got {images}")
     data = data.subset(images).to(device_of(device))
-    model, x, mask = store.model(run).to(data.device), data.normalized(), data.object_masks
+    model, (x, _, mask) = store.model(run).to(data.device), next(data.batches_with_masks(images))
     target = logits_and_gradient(model, x)[0].argmax(1)
     known: dict[str, Any] = {"mask": mask, "model": model, "images": x, "target": target, "samples": SAMPLES}
     known["adversarial"] = robustness.attack(model, x, target, epsilon=Case.radius)

@@ -7,13 +7,15 @@ ValueError.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -22,15 +24,18 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms import functional as pil
 
+from sdecor._bits import Bits
 from sdecor.config import AUGMENTATIONS
 from sdecor.registers import DATASETS, Between, OneOf
 
 #: Pixels of the objects of an image file, by its path, its width and height, and the side of the square it becomes.
 Marks = Callable[[str, int, int, int], np.ndarray]
 _CPU = torch.device("cpu")
+_TASK = 16  # images that a thread decodes at once
+_PIECE = 1 << 22  # bytes of decoded images that a process hands over at once
 _GREY = (128, 128, 128)  # stands for what is transparent: black objects and white ones can be seen on it
 _TURNED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow looks for an orientation
 _SCALES = {"1": 255, "L;2": 85, "L;4": 17}  # by which Pillow spreads such values, and not the transparent one
@@ -41,11 +46,13 @@ def permutation(n: int, seed: int = 0) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (at least 1/255) of each channel, in [0, 1] units."""
+def moments(images: Tensor | Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (at least 1/255) of each channel, in [0, 1] units; images may come in parts."""
     value, mean, std = torch.arange(256, dtype=torch.float64) / 255, [], []
-    for channel in images.cpu().unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    parts = [images] if isinstance(images, Tensor) else images
+    counts = sum(torch.stack([c.flatten().bincount(minlength=256) for c in x.cpu().unbind(1)]) for x in parts)
+    for count in torch.as_tensor(counts):
+        share = count.double() / int(count.sum())
         mean.append(float(share @ value))
         std.append(max(float((share @ (value - mean[-1]).square()).sqrt()), 1 / 255))
     return tuple(mean), tuple(std)
@@ -74,7 +81,7 @@ def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator | None
         shift = torch.randint(2 * reach + 1, (2, b, 1), generator=generator, device=at).to(x.device)
         rows, cols = rows + shift[0], cols + shift[1]
     index = torch.arange(b, device=x.device)[:, None, None]
-    x = x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1).contiguous()
+    x = x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)
     if "cutout" in names:
         side = max(h // 2, 1)
         starts = (torch.randint(n, (b, 1, 1), generator=generator, device=at).to(x.device) - side // 2 for n in (h, w))
@@ -106,8 +113,8 @@ class _Images(ABC):
         return len(self.classes)
 
     @abstractmethod
-    def _read(self, parts: list[Tensor], masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield images, labels and, if they are asked for and known, masks at each of the index vectors `parts`."""
+    def _read(self, order: Tensor, size: int, masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield `size` images after another in this order, labels and, if they are asked for and known, masks."""
 
     @property
     @abstractmethod
@@ -146,15 +153,20 @@ class _Images(ABC):
         index = torch.as_tensor(which).cpu()
         return self._at(torch.arange(len(self))[index])
 
+    @property
+    def colour(self) -> Tensor:
+        """The mean colour, uint8 (C,)."""
+        return torch.tensor(self.mean).mul(255).round().to(torch.uint8)
+
     def _paths_at(self, index: Tensor) -> tuple[str, ...]:
         return tuple(self.paths[i] for i in index.tolist()) if self.paths else ()
 
     def _statistics(self, x: Tensor) -> Iterator[Tensor]:
         return (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
 
-    def _normalize(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         mean, std = self._statistics(images)
-        return images.float().div_(255).sub_(mean).div_(std)
+        return images.to(torch.float32, memory_format=layout).div_(255).sub_(mean).div_(std)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Undo the normalization: float (B, C, H, W) back to [0, 1] units."""
@@ -169,14 +181,16 @@ class _Images(ABC):
         generator: torch.Generator | None = None,
         augment: Sequence[str] = (),
         drop_last: bool = False,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over ``(x, y)``: float32 normalized (B, C, H, W) and int64 (B,).
 
         The `generator` (torch's global one without) draws the order, if it is to `shuffle`, and for `augmented`: one
-        state, one set of bits. A last batch may be smaller, unless `drop_last` leaves it out.
+        state, one set of bits. A last batch may be smaller, unless `drop_last` leaves it out. `layout` is that of x in
+        memory; files are decoded to ``torch.channels_last``, so that this one costs a stream nothing.
         """
         how: dict[str, Any] = {"shuffle": shuffle, "generator": generator, "augment": augment, "drop_last": drop_last}
-        for x, y, _ in self._batches(batch_size, masks=False, **how):
+        for x, y, _ in self._batches(batch_size, masks=False, layout=layout, **how):
             yield x, y
 
     def batches_with_masks(self, batch_size: int, **how: Any) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -191,18 +205,22 @@ class _Images(ABC):
         generator: torch.Generator | None = None,
         augment: Sequence[str] = (),
         drop_last: bool = False,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         at = _CPU if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=at) if shuffle else torch.arange(len(self))
-        parts = [part for part in order.split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
-        for images, y, mask in self._read(parts, masks):
+        if drop_last:
+            order = order[: len(order) // batch_size * batch_size]
+        for images, y, mask in self._read(order, batch_size, masks):
             if augment:  # the mask as one more channel, so that it goes where the pixels go
-                both = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
-                both = augmented(both, augment, generator)
-                images, mask = both[:, : self.channels], None if mask is None else both[:, -1].bool()
-            yield self._normalize(images), y, mask
+                images = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
+                images = augmented(images, augment, generator)
+                mask, images = None if mask is None else images[:, -1].bool(), images[:, : self.channels]
+            x = self._normalize(images, layout)
+            del images  # while x is used, and while other processes start, which keep what there is then
+            yield x, y, mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,9 +349,10 @@ class ImageData(_Images):
         """Images as float32 (B, C, H, W): ``(images / 255 - mean) / std``."""
         return self._normalize(self.images[indices])
 
-    def _read(self, parts: list[Tensor], masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def _read(self, order: Tensor, size: int, masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         known = self.object_masks if masks else None
-        for index in (part.to(self.device) for part in parts):
+        for start in range(0, len(order), size):
+            index = order[start : start + size].to(self.device)
             yield self.images[index], self.labels[index], None if known is None else known[index]
 
 
@@ -437,11 +456,20 @@ def decode_with_masks(
     paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: Marks | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `decode_all`, and the pixels of the `objects`, bool (N, size, size): see `sdecor.objects`."""
+    images, masks = _decode(paths, size, small, objects)
+    squares = torch.from_numpy(images).movedim(-1, 1).contiguous()
+    return squares, None if masks is None else torch.from_numpy(masks)
+
+
+def _decode(
+    paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: Marks | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images (N, size, size, 3), and masks; a thread per core, one if this is one of several processes that decode."""
     out = np.empty((len(paths), size, size, 3), np.uint8)
     masks = None if objects is None else np.empty((len(paths), size, size), bool)
 
     def fill(start: int) -> None:
-        for i, path in enumerate(paths[start : start + 64], start):
+        for i, path in enumerate(paths[start : start + _TASK], start):
             with _opened(path) as image:
                 square = _colours(image)
                 upright = square.size
@@ -456,26 +484,48 @@ def decode_with_masks(
             if objects is not None and masks is not None:
                 masks[i] = objects(path, *upright, size)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(fill, range(0, len(paths), 64)))
-    images = torch.from_numpy(out).movedim(-1, 1).contiguous()
-    return images, None if masks is None else torch.from_numpy(masks)
+    threads = 1 if get_worker_info() else os.cpu_count()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, range(0, len(paths), _TASK)))
+    return out, masks
 
 
-def _decoded_or_said(paths: Sequence[str], size: int, objects: Marks | None) -> tuple[Tensor, Tensor | None] | str:
-    """Images and masks, or the message of the error, since a DataLoader wraps errors of its processes in tracebacks."""
-    try:
-        return decode_with_masks(paths, size, objects=objects)
-    except ValueError as error:
-        return str(error)
+@dataclass(frozen=True)
+class _Decoder:
+    """What a process needs to decode images of a stream: nothing of it grows with their number, but for `objects`."""
+
+    root: str
+    size: int
+    objects: Marks | None
+    removed: tuple[Bits, ...]
+    colour: tuple[int, ...]
+
+    def __getitem__(self, piece: tuple[list[str], list[list[int]]]) -> tuple[Tensor, ...] | str:
+        """Images (N, size, size, 3) by path and, for what was removed, by row, and masks; or the message of an error.
+
+        A DataLoader would wrap an error in tracebacks.
+        """
+        paths, rows = piece
+        try:
+            images, masks = _decode([os.path.join(self.root, path) for path in paths], self.size, objects=self.objects)
+            for gone, its in zip(self.removed, rows, strict=True):
+                images[gone.at(its)] = self.colour
+        except (ValueError, OSError) as error:
+            return str(error)
+        return tuple(torch.from_numpy(part) for part in (images, masks) if part is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageStream(_Images):
-    """As `ImageData`, for image files too many to hold: decoded by a DataLoader while training goes on.
+    """As `ImageData`, for image files too many to hold: decoded while training goes on.
 
-    Every image is brought to a side of `image_size`; `workers` processes decode, 0 decodes in this one; batches are put
-    on `device`; `paths` are relative to `root`; `objects` says where objects lie, as `sdecor.objects` reads it.
+    Every image is brought to a side of `image_size`; batches are put on `device`, where they are augmented and
+    normalized; `paths` are relative to `root`; `objects` says where objects lie, as `sdecor.objects` reads it; pixels
+    that are `removed` have the mean colour, whose masks are told apart by the rows of the images in them.
+
+    The first batch is decoded in this process, since often it is the only one. For the others, `workers` processes
+    start, if not 0, and end with the loop, however it ends. They decode ahead by a batch and two pieces each, of 4 MiB.
+    One that is killed, for lack of memory say, raises ChildProcessError.
     """
 
     paths: tuple[str, ...]
@@ -490,6 +540,7 @@ class ImageStream(_Images):
     device: torch.device = _CPU
     root: str = ""
     objects: Marks | None = None
+    removed: tuple[tuple[Bits, Tensor], ...] = ()
 
     @property
     def has_masks(self) -> bool:
@@ -501,7 +552,8 @@ class ImageStream(_Images):
         return replace(self, device=torch.device(device))
 
     def _at(self, index: Tensor) -> Self:
-        return replace(self, paths=self._paths_at(index), labels=self.labels[index])
+        removed = tuple((gone, rows[index]) for gone, rows in self.removed)
+        return replace(self, paths=self._paths_at(index), labels=self.labels[index], removed=removed)
 
     def _held(self) -> Iterator[Tensor | str]:
         yield self.labels
@@ -509,17 +561,73 @@ class ImageStream(_Images):
         yield from self.paths
         if self.objects is not None:
             yield str(self.objects)
+        for gone, rows in self.removed:
+            yield gone.digest
+            yield rows
 
-    def _read(self, parts: list[Tensor], masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        chosen: Any = [[os.path.join(self.root, self.paths[i]) for i in part.tolist()] for part in parts]
-        decode = partial(_decoded_or_said, size=self.image_size, objects=self.objects if masks else None)
-        files: Iterable[Any] = DataLoader(chosen, None, collate_fn=decode, num_workers=self.workers)
-        for part, read in zip(parts, files, strict=True):
-            if isinstance(read, str):
+    def _read(self, order: Tensor, size: int, masks: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        order, marks = order.cpu(), self.objects if masks else None
+        removed, colour = tuple(gone for gone, _ in self.removed), tuple(self.colour.tolist())
+        decoder = _Decoder(self.root, self.image_size, marks, removed, colour)
+        copied: deque[torch.cuda.Event] = deque()
+        with closing(self._pieces(order, size, decoder)) as pieces:
+            for index in (order[start : start + size] for start in range(0, len(order), size)):
+                if (
+                    self.device.type == "cuda"
+                ):  # what is to be copied is held until then: no more than two batches of it
+                    copied.append(torch.cuda.current_stream(self.device).record_event())
+                    if len(copied) > 1:
+                        copied.popleft().synchronize()
+                yield self._whole(pieces, index, marks is not None)
+
+    def _whole(self, pieces: Iterator[Any], index: Tensor, masks: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch, put together on the device."""
+        shape, done = (len(index), self.image_size, self.image_size), 0
+        images = torch.empty(*shape, 3, dtype=torch.uint8, device=self.device)
+        known = torch.empty(shape, dtype=torch.bool, device=self.device) if masks else None
+        while done < len(index):
+            if isinstance(read := next(pieces), str):
                 raise ValueError(read)
-            images, mask = read[0].to(self.device, non_blocking=True), read[1]
-            known = None if mask is None else mask.to(self.device, non_blocking=True)
-            yield images, self.labels[part.cpu()].to(self.device), known
+            piece = slice(done, done := done + len(read[0]))
+            images[piece].copy_(read[0], non_blocking=True)
+            if known is not None:
+                known[piece].copy_(read[1], non_blocking=True)
+        return images.movedim(-1, 1), self.labels[index].to(self.device, non_blocking=True), known
+
+    def _pieces(self, order: Tensor, size: int, decoder: _Decoder) -> Generator[Any, None, None]:
+        """What the decoder makes, in order, of the batches of this size or, by other processes, of parts of them."""
+        here = order[:size] if self.workers else order
+        yield from (decoder[piece] for piece in self._asked(here, size, size))
+        if not len(rest := order[len(here) :]):
+            return
+        most = min(max(_PIECE // (3 * self.image_size**2), 1), size)
+        pieces = math.ceil(min(size, len(rest)) / most)  # of a batch
+        workers = min(self.workers, pieces * math.ceil(len(rest) / size))
+        how: dict[str, Any] = {"num_workers": workers, "prefetch_factor": 1 + math.ceil(pieces / workers)}
+        gpu = self.device.type == "cuda"
+        dataset: Any = decoder
+        asked: Any = self._asked(rest, size, most)
+        # a generator of its own, as it would else take a draw from that of training
+        files = DataLoader(dataset, None, sampler=asked, pin_memory=gpu, generator=torch.Generator(), **how)
+        with torch.cuda.device(self.device) if gpu else nullcontext():
+            running = iter(files)
+        why = ""
+        try:
+            yield from running
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two come from one that is just ending
+            why = f"{type(error).__name__}: {error}".splitlines()[0]  # its traceback would keep the processes
+        finally:
+            del running  # and with it the processes
+        if why:
+            what = f"a process that decodes images of {self.root} broke down"
+            raise ChildProcessError(f"{what} ({why}); it may lack memory")
+
+    def _asked(self, order: Tensor, size: int, most: int) -> Iterator[tuple[list[str], list[list[int]]]]:
+        """Paths and rows of the images in this order, of at most so many at once, and of one batch each time."""
+        for start in range(0, len(order), size):
+            for piece in order[start : start + size].split(most):
+                paths = [self.paths[i] for i in piece.tolist()]
+                yield paths, [rows[piece].tolist() for _, rows in self.removed]
 
 
 def checked_set(name: str, data: Any) -> ImageData | ImageStream:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sdecor._bits import packed
 from sdecor.attribution import attribute
 from sdecor.config import Run, fingerprint
 from sdecor.data import load
@@ -54,24 +56,34 @@ def remove_salient(
     *,
     batch_size: int = 500,
     seed: int = 0,
-) -> ImageData:
+) -> ImageData | ImageStream:
     """Replace the most salient pixels of every image by the mean colour: the data of remove and retrain (ROAR).
 
-    The images must be in memory; the result is new and keeps their `object_masks`. The attribution `method` explains
-    the class that `model` predicts; without a model, pixels go at random. `fraction` is their share, in (0, 1).
+    The result is new and keeps the masks of objects. The attribution `method` explains the class that `model` predicts;
+    without a model, pixels go at random. `fraction` is their share, in (0, 1). For a stream, which pixels go is found
+    out now and kept in a temporary file, one bit a pixel, as long as the result is; see `sdecor._bits.packed`.
 
     Source: Hooker et al. 2019 (arXiv:1806.10758).
     """
+    gone = _most_salient(data, model, method, fraction, batch_size, seed)
     if isinstance(data, ImageStream):
-        raise ValueError("removed needs images in memory, and these are streamed; raise memory_limit")
+        bits = packed(data.image_size, (mask.cpu().numpy() for mask in gone))
+        return replace(data, removed=(*data.removed, (bits, torch.arange(len(data)))))
+    colour = data.colour.to(data.device).view(1, -1, 1, 1)
+    batches = zip(data.images.split(batch_size), gone, strict=True)
+    parts = [masked(images, mask.to(data.device), colour.expand_as(images)) for images, mask in batches]
+    return replace(data, images=torch.cat(parts), masks=data.object_masks)  # the mean colour is no ink
+
+
+def _most_salient(
+    data: ImageData | ImageStream, model: nn.Module | None, method: str, fraction: float, batch_size: int, seed: int
+) -> Iterator[Tensor]:
+    """The pixels that go, bool (B, H, W), batch by batch."""
     draws = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device if model is not None else data.device
-    colour = torch.tensor(data.mean, device=data.device).mul(255).round().to(torch.uint8).view(1, -1, 1, 1)
-    parts = []
-    for images, (x, _) in zip(data.images.split(batch_size), data.batches(batch_size), strict=True):
+    for x, _ in data.batches(batch_size):
         if model is None:
             score = torch.rand(len(x), *x.shape[2:], generator=draws)
         else:
             score = pixel_score(attribute(model, x.to(device), None, method, seed=seed, progress=False))
-        parts.append(masked(images, lowest(-score, fraction).to(data.device), colour.expand_as(images)))
-    return replace(data, images=torch.cat(parts), masks=data.object_masks)  # the mean colour is no ink
+        yield lowest(-score, fraction)

@@ -45,6 +45,19 @@ def _step(run: Run, shape: Mapping[str, int], batch: int, steps: int = 1, epochs
     return min(fit(network(run, shape), data, run.objective, short, progress=False, **how).seconds) / steps
 
 
+def seconds_of_step(run: Run, shape: Mapping[str, int], batch: int, device: str = "cpu", **how: Any) -> float:
+    """Seconds of a step of so many images, which are ready on the device; on a slow one by a part of them.
+
+    `shape` has what a network is built for, and `how` goes to `sdecor.training.fit`. FloatingPointError and
+    RuntimeError if the step cannot be taken.
+    """
+    few, gpu = min(batch, FEW), device_of(device).type == "cuda"
+    took = _step(run, shape, few, epochs=2, device=device, **how) * batch / few
+    if took < SHORT or gpu:  # else the time grows with the images, and need not be spent
+        took = _step(run, shape, batch, steps=2, epochs=5 if gpu else 3, device=device, **how)
+    return took
+
+
 def check(course: Course, store: Store, root: Root = None, until: float = math.inf) -> None:
     """Take a step of every arm, on noise, so that what the data or a network make impossible is named at once.
 
@@ -116,7 +129,7 @@ class Prices:
     def __init__(self, store: Store, device: str, amp: bool = False, root: Root = None) -> None:
         self.store, self.device, self.amp, self.root = store, device, amp, root
         where = device_of(device)
-        self._epochs, self._name = (5, torch.cuda.get_device_name(where)) if where.type == "cuda" else (3, "CPU")
+        self._name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
         self._read: set[str] = set()
         self._times: dict[Any, list[float]] = {}
         self._guesses: dict[Any, float] = {}
@@ -168,11 +181,7 @@ class Prices:
                 self._shapes[run.data] = _shape(run, self.store, self.root)
             shape = self._shapes[run.data]
             batch = min(run.schedule.batch_size, shape["images"])
-            how: dict[str, Any] = {"device": self.device, "amp": self.amp}
             with suppress(FloatingPointError, RuntimeError):  # it costs nothing to see what becomes of images
-                few = min(batch, FEW)
-                took = _step(run, shape, few, epochs=2, **how) * batch / few
-                if took < SHORT or self.device != "cpu":  # else the time grows with the images, and need not be spent
-                    took = _step(run, shape, batch, steps=2, epochs=self._epochs, **how)
+                took = seconds_of_step(run, shape, batch, self.device, amp=self.amp)
                 self._guesses[key] = took * (shape["images"] // batch)
         return self._guesses.setdefault(key, 0.0)

@@ -293,7 +293,7 @@ def fit(
     train, objective, plan, where = _checked(train, objective, schedule or Schedule(), device)
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
     history = History({name: [] for name in (*objective.terms, "total")})
-    data = train.to(where) if isinstance(train, ImageData) else train
+    data = train.to(where)
     steps = max(len(train) // plan.batch_size, 1)
     how: dict[str, Any] = {"shuffle": True, "augment": plan.augment, "drop_last": len(train) >= plan.batch_size}
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
@@ -317,7 +317,7 @@ def fit(
             _draw(seed, epoch, order, noise)
             model.train()
             sums = _Sums([*history.terms], epoch * steps, where.type == "cpu")
-            for x, y in data.batches(plan.batch_size, generator=order, **how):
+            for x, y in data.batches(plan.batch_size, generator=order, layout=layout, **how):
                 x, y = x.to(where, memory_format=layout), y.to(where)
                 rate(plan.rate(epoch * steps + sums.steps, plan.epochs * steps))
                 sums.add(train_step(x, y))
@@ -427,7 +427,7 @@ def evaluate(
         raise ValueError("data holds no images to evaluate on")
     right, loss = 0.0, 0.0
     with frozen_eval(model):
-        for x, y in data.batches(batch_size):
+        for x, y in (data.to(where) if isinstance(data, ImageStream) else data).batches(batch_size):
             logits, y = logits_of(model, x.to(where)).float(), y.to(where)
             right += float((logits.argmax(1) == y).sum())
             loss += float(cross_entropy(logits, y, reduction="sum"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from sdecor.data import MNIST, ImageData
 
@@ -35,3 +37,19 @@ def fake_mnist(root: Path) -> Path:
             file.write(head)
             file.truncate(size)
     return raw
+
+
+def boxed(root: Path, train: int = 24, test: int = 10, side: int = 28) -> Path:
+    """A folder of noise in colour, in three classes, with a box in every image, which its boxes.csv names."""
+    draw = np.random.default_rng(0)
+    rows = ["file,x0,y0,x1,y1"]
+    for split, count in (("train", train), ("val", 4), ("test", test)):
+        for i in range(count):
+            name = f"{split}/{'abc'[i % 3]}/{i:02}.png"
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            pixels, box = draw.integers(0, 256, (side, side, 3), np.uint8), draw.integers(0, side // 2, 2)
+            pixels[box[1] : box[1] + 9, box[0] : box[0] + 9, i % 3] = 255
+            Image.fromarray(pixels).save(root / name)
+            rows.append(f"{name},{box[0]},{box[1]},{box[0] + 8},{box[1] + 8}")
+    (root / "boxes.csv").write_text("\n".join(rows))
+    return root

@@ -16,11 +16,13 @@ SHORT = {
     "attributions.py": ("--rounds=1", "--images=2", "--samples=300", "--size=16"),
     "measures.py": ("--rounds=1", "--images=8", "--maps=10", "--table=20"),
     "gpu.py": ("--device=cpu", "--batch-size=8"),
+    "streams.py": ("--images=60", "--side=32", "--batch-size=8", "--workers=1", "--models=lenet", "--seconds=1"),
 }
 EXPECTED = {
     "run.py": [*METHODS, "SaliencyDecor / plain", "public code / SaliencyDecor", "all that a run reports"],
     "gpu.py": ["images_per_second", "SaliencyDecor takes"],
     "attributions.py": ["rise", "smoothgrad", "integrated_gradients", "kernel_shap", "shapley_sampling"],
+    "streams.py": ["all images would take", "is the slower of the two", "an epoch of 56 images"],
     "measures.py": ["pixels", "patches", "relevance_mass", "auroc", "measures of 20 gradient maps of digits"],
 }
 

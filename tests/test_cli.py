@@ -41,7 +41,7 @@ def refused(*arguments: object, code: int = 2) -> str:
 def test_help() -> None:
     out, _ = call("--help")
     commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-    assert commands == ["bundle", "data", "grid", "list", "measure", "merge", "plan", "run", "show", "train"]
+    assert commands == ["bundle", "data", "grid", "list", "measure", "merge", "pace", "plan", "run", "show", "train"]
     for command in (*commands, "data list", "data fetch", "data check"):
         assert f"Usage: sdecor {command} " in call(*command.split(), "--help")[0]
 
@@ -66,7 +66,7 @@ FOUND_OUT = {"fingerprint", "code"}
 
 
 def test_every_setting_of_a_run_has_its_option_default_and_help() -> None:
-    for command, absent in (("train", FOUND_OUT), ("grid", {"method", "seed", *FOUND_OUT})):
+    for command, absent in (("train", FOUND_OUT), ("pace", FOUND_OUT), ("grid", {"method", "seed", *FOUND_OUT})):
         out = " ".join(call(command, "--help")[0].split())
         assert {n for n in flat_fields() if f"--{n.replace('_', '-')} " not in out} == absent
         for name, field in flat_fields().items():

@@ -46,6 +46,7 @@ RUN = {
     "sdecor list": "test_cli.py::test_list_everything_that_has_a_name",
     "sdecor measure": "test_commands.py::test_finished_runs_are_measured_again",
     "sdecor merge": "test_parcels.py::test_the_command_says_what_it_did",
+    "sdecor pace": "test_pace.py::test_the_command",
     "sdecor plan": "test_cli_plan.py::test_from_the_plan_to_its_end",
     "sdecor run": "test_cli_plan.py::test_from_the_plan_to_its_end",
     "sdecor show": "test_cli.py::test_show_all",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from maps import close
+from pictures import boxed
 from torch import Tensor, nn
 
 import sdecor.evaluation
@@ -380,10 +381,20 @@ def test_images_without_masks(tmp_path: Path, seen: list[str]) -> None:
     seen.clear()
     pd.testing.assert_frame_equal(tabulate(run, store, ["gradient"], images=4), result)
     assert seen == []
-    streamed = run.but(data_options={"memory_limit": 1, "workers": 0})
-    with pytest.raises(ValueError) as error:
-        tabulate(streamed, store, images=4)
-    assert str(error.value) == "a table needs images in memory, and these are streamed; raise memory_limit"
+
+
+@pytest.mark.slow
+def test_a_stream_has_the_table_and_the_exhibit_of_memory(tmp_path: Path, seen: list[str]) -> None:
+    run, store = Run.of(data=str(boxed(tmp_path / "images")), epochs=1, batch_size=8), Store(tmp_path)
+    held, streamed = run, run.but(data_options={"memory_limit": 0, "workers": 0})
+    for one in (held, streamed):
+        execute(one, store)
+    first, second = (tabulate(one, store, ["gradient", "gradcam"], images=6) for one in (held, streamed))
+    pd.testing.assert_frame_equal(first, second)
+    assert {n for n, m in MEASURES.items() if m.family == "localization"} & set(second["metric"])
+    assert "ground truth" in set(second["attribution"])
+    for name, part in store.exhibit(held).items():
+        assert torch.equal(part, store.exhibit(streamed)[name]) and len(part) == 3
 
 
 def test_what_tabulate_refuses(done: Store) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +299,170 @@ def test_masks_are_checked_as_measures_check_them() -> None:
     assert whole is not None and whole.dtype == torch.bool and whole.all()
     with pytest.raises(ValueError, match="^the number of images must be at least 0, got -1$"):
         data.subset(-1)
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+SIDE = 12
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Says that every other image is an object, and in a file which images were decoded, by whatever process."""
+
+    log: str
+
+    def __call__(self, path: str, width: int, height: int, side: int) -> np.ndarray:
+        with open(self.log, "a") as file:
+            file.write(f"{os.path.basename(path)}\n")
+        return np.full((side, side), int(os.path.basename(path)[:3]) % 2 == 1)
+
+    def seen(self) -> list[str]:
+        return Path(self.log).read_text().split() if os.path.exists(self.log) else []
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> ImageStream:
+    """Sixty images of noise, and a log of what is decoded."""
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, SIDE, SIDE, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{i:03}.png")
+    names = tuple(f"{i:03}.png" for i in range(60))
+    logged = Logged(str(tmp_path / "log"))
+    how: dict[str, Any] = {"root": str(tmp_path), "objects": logged}
+    return ImageStream(names, torch.arange(60) % 3, tuple("abc"), (0.4, 0.5, 0.6), (0.3,) * 3, SIDE, **how)
+
+
+def in_memory(stream: ImageStream) -> ImageData:
+    pixels = images.decode_all([os.path.join(stream.root, path) for path in stream.paths], SIDE)
+    masks = (torch.arange(60) % 2 == 1)[:, None, None].expand(60, SIDE, SIDE)
+    return ImageData(pixels, stream.labels, stream.classes, stream.mean, stream.std, masks, paths=stream.paths)
+
+
+HOW: list[dict[str, Any]] = [{}, {"shuffle": True}, {"shuffle": True, "augment": ("crop", "flip", "cutout")}]
+
+
+def same(stream: ImageStream, held: ImageData) -> None:
+    """Values, and how they lie in memory."""
+    for how in HOW:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            both = [
+                list(d.batches_with_masks(7, layout=layout, drop_last=True, generator=generator(3), **how))
+                for d in (stream, held)
+            ]
+            assert len(both[0]) == 60 // 7
+            for (x, y, mask), (a, b, marks) in zip(*both, strict=True):
+                assert x.stride() == a.stride() and x.is_contiguous(memory_format=layout)
+                assert torch.equal(x, a) and torch.equal(y, b) and torch.equal(mask, marks)
+
+
+def test_a_stream_gives_the_batches_of_memory(stream: ImageStream) -> None:
+    same(stream, in_memory(stream))
+
+
+def test_a_stream_decodes_a_batch_when_it_is_asked_for(stream: ImageStream) -> None:
+    batches = stream.batches_with_masks(8)
+    for count in (8, 16, 24):
+        next(batches)
+        assert sorted(stream.objects.seen()) == list(stream.paths[:count])
+
+
+def test_a_stream_of_nothing(stream: ImageStream) -> None:
+    assert list(replace(stream.subset(0), workers=2).batches(4)) == []
+    assert list(replace(stream, workers=2).batches(61, drop_last=True)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", [1 << 22, 3 * 3 * SIDE**2, 1])
+def test_other_processes_give_the_batches_of_memory(
+    stream: ImageStream, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_PIECE", piece)
+    state = torch.get_rng_state()
+    same(replace(stream, workers=2), in_memory(stream))
+    assert torch.equal(torch.get_rng_state(), state)  # so that what training draws is that of memory
+    next_to_each_other = zip(*(replace(stream, workers=1).batches(20) for _ in range(2)), strict=True)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in next_to_each_other)
+
+
+@pytest.mark.slow
+def test_processes_start_for_a_second_batch_and_end_with_the_loop(stream: ImageStream) -> None:
+    stream = replace(stream, workers=2, objects=None)
+    batches = stream.batches(20)
+    next(batches)
+    assert not multiprocessing.active_children()
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert not multiprocessing.active_children()
+    for n, _ in enumerate(stream.batches(20)):
+        if n == 1:
+            break
+    assert not multiprocessing.active_children()
+    assert len(list(stream.batches(20))) == 3 and not multiprocessing.active_children()
+    batches = stream.batches(30)
+    next(batches), next(batches)  # a batch is left, in one piece
+    assert len(multiprocessing.active_children()) <= 1
+    with pytest.raises(KeyError) as kept:  # what an error keeps alive, such as the frame of the loop, holds no process
+        for n, _ in enumerate(stream.batches(20)):
+            if n == 1:
+                raise KeyError
+    assert kept.tb and len(multiprocessing.active_children()) <= 1
+
+
+@pytest.mark.slow
+def test_a_broken_file_is_named_and_ends_the_processes(stream: ImageStream) -> None:
+    for name in ("041.png", "043.png"):
+        Path(stream.root, name).write_bytes(b"no image")
+    said = f"cannot read image {os.path.join(stream.root, '041.png')} (UnidentifiedImageError); remove or replace it"
+    with pytest.raises(ValueError, match=exactly(said)) as kept:
+        list(replace(stream, workers=2).batches(4))
+    assert kept.tb and not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_what_is_decoded_ahead_is_bounded(stream: ImageStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a batch and two pieces for each process, whatever the length of the epoch."""
+    monkeypatch.setattr(images, "_PIECE", 2 * 3 * SIDE**2)  # two images
+    batches = replace(stream, workers=2).batches_with_masks(6)
+    next(batches)
+    for taken in (12, 18, 24):
+        next(batches)
+        before = -1
+        while before != (now := len(stream.objects.seen())):  # until the processes wait
+            before = now
+            time.sleep(0.5)
+        assert taken < now <= taken + 6 + 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_an_error_of_one_line(stream: ImageStream) -> None:
+    batches = replace(stream, workers=1, objects=None).batches(1)
+    next(batches), next(batches)
+    (process,) = multiprocessing.active_children()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own raises wherever we happen to be
+    try:
+        time.sleep(0.5)  # until it waits, and holds no lock
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(ChildProcessError) as error:
+            list(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    said = str(error.value)
+    assert said.startswith(f"a process that decodes images of {stream.root} broke down (")
+    assert said.endswith("); it may lack memory") and "\n" not in said
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_processes_that_begin_with_nothing_decode_too(stream: ImageStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on systems that cannot fork."""
+    context = multiprocessing.get_start_method()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        stream = replace(stream, workers=1, objects=None)
+        held = in_memory(stream)
+        for (x, y), (a, b) in zip(stream.batches(20), held.batches(20), strict=True):
+            assert torch.equal(x, a) and torch.equal(y, b)
+    finally:
+        multiprocessing.set_start_method(context, force=True)

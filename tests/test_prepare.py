@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import pickle
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import boxed
 from PIL import Image
 from stores import ONE, expected_files, files, result
 from torch import nn
 
 import sdecor.experiment
+from sdecor._bits import packed
 from sdecor.attribution import attribute
 from sdecor.config import Objective, Run, Schedule
 from sdecor.data import load
@@ -176,8 +187,100 @@ def test_the_object_stays_where_it_was(model: nn.Module, data: ImageData) -> Non
     assert removed is not None and torch.equal(removed, data.images[:, 0] > 0)
 
 
-def test_a_stream_is_refused() -> None:
-    stream = ImageStream((), torch.empty(0).long(), ("0",), (0.5,), (0.5,), image_size=8)
-    with pytest.raises(ValueError) as error:
-        remove_salient(stream, None, "random", 0.5)
-    assert str(error.value) == "removed needs images in memory, and these are streamed; raise memory_limit"
+# --- removal from a stream ------------------------------------------------------------------------------------------
+
+STREAMED: dict[str, Any] = {"memory_limit": 0, "workers": 0}
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[ImageData, ImageStream]:
+    """The same images in memory and as a stream."""
+    root = str(boxed(tmp_path / "images"))
+    held, stream = load(root), load(root, **STREAMED)
+    assert isinstance(held, ImageData) and isinstance(stream, ImageStream) and held.has_masks
+    return held, stream
+
+
+def alike(held: Any, stream: Any, **how: Any) -> None:
+    for one, other in zip(held.batches_with_masks(5, **how), stream.batches_with_masks(5, **how), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("method", ["random", "gradient", "gradcam"])
+@pytest.mark.parametrize("batch_size", [500, 7])
+def test_a_stream_loses_the_same_pixels(both: tuple[ImageData, ImageStream], method: str, batch_size: int) -> None:
+    torch.manual_seed(0)
+    net = None if method == "random" else build("lenet", 3, 3, 28)
+    held, stream = (remove_salient(data, net, method, 0.3, batch_size=batch_size, seed=4) for data in both)
+    assert isinstance(held, ImageData) and isinstance(stream, ImageStream)
+    assert ((held.images != both[0].images).any(1).sum((1, 2)) <= round(0.3 * 784)).all()
+    assert not torch.equal(held.images, both[0].images)
+    alike(held, stream)
+    alike(*both)  # they are as before
+    order: Any = {"shuffle": True, "augment": ("flip", "crop")}
+    for one, other in zip(
+        held.batches(5, generator=torch.Generator().manual_seed(1), **order),
+        stream.batches(5, generator=torch.Generator().manual_seed(1), **order),
+        strict=True,
+    ):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    for which in ([7, 2, 2, 23], 5, torch.arange(24) % 3 == 1):
+        alike(held.subset(which), stream.subset(which))
+    again = [remove_salient(data, None, "random", 0.2) for data in (held, stream)]
+    alike(*again)
+    assert not torch.equal(again[0].images, held.images)
+    digests = [data.digest for data in (both[1], stream, again[1], stream.subset([0, 1]), stream.subset([1, 0]))]
+    assert len(set(digests)) == 5
+    assert remove_salient(both[1], net, method, 0.3, batch_size=batch_size, seed=4).digest == stream.digest
+
+
+def test_pixels_are_kept_as_long_as_a_stream_needs_them(
+    both: tuple[ImageData, ImageStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "kept"))
+    stream = remove_salient(both[1], None, "random", 0.3)
+    (file,) = (tmp_path / "kept").iterdir()
+    assert file.stat().st_size == 24 * 28 * 28 // 8
+    part = stream.subset(3).to("cpu")
+    del stream
+    assert file.exists() and len(list(part.batches(2))) == 2
+    pickle.loads(pickle.dumps(part.removed))  # what goes to other processes owns nothing
+    assert file.exists()
+    child = multiprocessing.get_context("fork").Process(target=part.removed[0][0].at, args=([0],))
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and file.exists()
+    del part, child
+    gc.collect()
+    assert not file.exists()
+    with pytest.raises(ValueError, match="^fraction must lie strictly between 0 and 1, got 1$"):
+        remove_salient(both[1], None, "random", 1)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+@given(st.integers(1, 6), st.integers(1, 17), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_bits_are_the_masks_that_were_packed(count: int, side: int, part: int, draw: Any) -> None:
+    masks = np.random.default_rng(draw.randrange(99)).random((count, side, side)) < 0.5
+    bits = packed(side, (masks[i : i + part] for i in range(0, count, part)))
+    rows = [draw.randrange(count) for _ in range(4)]
+    assert np.array_equal(bits.at(rows), masks[rows]) and bits.at(rows).dtype == bool
+    assert bits.at([]).shape == (0, side, side)
+    assert os.path.getsize(bits.path) == count * -(-side * side // 8)
+
+
+@pytest.mark.parametrize("method", ["random", "gradient"])
+def test_a_run_on_a_stream_is_that_in_memory(tmp_path: Path, method: str) -> None:
+    root = boxed(tmp_path / "images")
+    how: dict[str, Any] = {"removed": 0.4, "removed_by": method, "epochs": 2, "batch_size": 8, "evaluate_on": "val"}
+    run = Run.of(data=str(root), augment=("flip",), **how)
+    held = execute(run, Store(tmp_path / "held"))
+    streamed = execute(run.but(data_options=STREAMED), Store(tmp_path / "streamed"))
+    assert result(held)[1:] == result(streamed)[1:]
+
+
+@pytest.mark.slow
+def test_other_processes_remove_them_too(both: tuple[ImageData, ImageStream]) -> None:
+    held, stream = (remove_salient(data, None, "random", 0.3) for data in both)
+    alike(held, replace(stream, workers=2))
+    alike(held.subset([5, 1, 9, 1, 3, 3]), replace(stream, workers=1).subset([5, 1, 9, 1, 3, 3]))
