@@ -155,6 +155,11 @@ class Data:
             raise ValueError(f"removed_by='{self.removed_by}' has no effect without removed")
 
     @property
+    def part(self) -> dict[str, Any]:
+        """Which of the training images it has, as `sdecor.data.load` takes it."""
+        return {"limit": self.limit, "per_class": self.per_class}
+
+    @property
     def entry(self) -> str:
         """Its name in the register of data sets."""
         return "folder" if self.path else self.name

@@ -39,7 +39,7 @@ def tuned(
 
 
 def deletion_curves(
-    model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 500, seed: int = 0
+    model: nn.Module, data: ImageData | ImageStream, *, batch_size: int | None = None, seed: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Whether each image is still right as a growing share of its patches is deleted, and the maps that rank them.
 
@@ -51,7 +51,7 @@ def deletion_curves(
     curves: dict[str, list[Tensor]] = {order: [] for order in ORDERS}
     maps = []
     generator = torch.Generator().manual_seed(seed)
-    for x, y in data.batches(batch_size):
+    for x, y in data.batches(batch_size or data.pass_size):
         maps.append(pixel_score(logits_and_gradient(model, x)[1]))
         how: dict[str, Any] = {"fill": "constant", "output": "correct", "patch": patch_side(x), "generator": generator}
         for order, parts in curves.items():

@@ -75,7 +75,7 @@ def measure(
     *,
     layers: tuple[str, ...] = (),
     device: torch.device | str = "cpu",
-    batch_size: int = 500,
+    batch_size: int | None = None,
     seed: int = 0,
     thorough: bool = True,
     metrics: Iterable[str] = RECOMMENDED,
@@ -88,7 +88,7 @@ def measure(
     Features are those of `layers`, or of `sdecor.models.default_layers`. Measures that need the map alone, or the map
     and a mask, are always taken, on all images. If it is to be `thorough`, `metrics` that need the model are added, on
     at most `MOST` images, and the accuracy curves, on so many `curve_images` or all: nearly all of the time goes there.
-    `batch_size` matters to these curves alone, by the noise of their fill.
+    `batch_size`, by default the data's `pass_size`, matters to these curves alone, by the noise of their fill.
 
     Given are means over images by measure, without those that are undefined on all; and by name, accuracy at each of
     `FRACTIONS` masked, by fill and order, and the histogram of gradient values. Networks that average over positions,
@@ -100,6 +100,7 @@ def measure(
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
     model, data = uncompiled(model).to(device), checked_set("data", data).to(device)
     names = layers or default_layers(model, next(data.subset(1).batches(1))[0])
+    batch_size = batch_size or data.pass_size
     per_image: dict[str, list[Tensor]] = defaultdict(list)
     curves: dict[str, list[Tensor]] = defaultdict(list)
     kept: dict[str, list[float]] = {}
@@ -179,7 +180,7 @@ def plays(model: nn.Module, image: Tensor, classes: int) -> bool:
 
 
 def grid_pointing_game(
-    model: nn.Module, data: ImageData | ImageStream, *, seed: int = 0, batch_size: int = 100
+    model: nn.Module, data: ImageData | ImageStream, *, seed: int = 0, batch_size: int | None = None
 ) -> Tensor:
     """Share of the gradient's magnitude that lies on the image of the class explained, in mosaics of four, float64.
 
@@ -188,7 +189,7 @@ def grid_pointing_game(
     """
     x, y = next(data.batches(len(data)))
     whole, target, mask = localization.mosaic(x, y, generator=torch.Generator().manual_seed(seed))
-    parts = zip(whole.split(batch_size), target.split(batch_size), mask.split(batch_size), strict=True)
+    parts = zip(*(part.split(batch_size or -(-data.pass_size // 5)) for part in (whole, target, mask)), strict=True)
     of = localization.relevance_mass
     return torch.cat([of(pixel_score(_gradient(model, images, classes)), cell) for images, classes, cell in parts])
 

@@ -29,13 +29,13 @@ def _known(data: ImageData | ImageStream, batch_size: int) -> Iterator[tuple[Ten
         yield x, y, mask
 
 
-def overlaps(explain: Explain, data: ImageData | ImageStream, *, batch_size: int = 500) -> Tensor:
+def overlaps(explain: Explain, data: ImageData | ImageStream, *, batch_size: int | None = None) -> Tensor:
     """Overlap of boxes from maps and boxes of objects, (N, T): see `sdecor.measures.boxes.box_overlap`."""
-    return torch.cat([box_overlap(explain(x), mask) for x, _, mask in _known(data, batch_size)])
+    return torch.cat([box_overlap(explain(x), mask) for x, _, mask in _known(data, batch_size or data.pass_size)])
 
 
 def localization_scores(
-    explain: Explain, data: ImageData | ImageStream, train: ImageData | ImageStream, *, batch_size: int = 500
+    explain: Explain, data: ImageData | ImageStream, train: ImageData | ImageStream, *, batch_size: int | None = None
 ) -> dict[str, Tensor]:
     """How well maps lie on the objects, an image at a time (N,): energy, peak and order on the object, and boxes.
 
@@ -43,21 +43,23 @@ def localization_scores(
     """
     fits, _ = box_fits(overlaps(explain, data), overlaps(explain, train))
     found: dict[str, list[Tensor]] = defaultdict(list)
-    for x, _, mask in _known(data, batch_size):
+    for x, _, mask in _known(data, batch_size or data.pass_size):
         saliency = explain(x)
         for measure in (relevance_mass, pointing_game, auroc):
             found[measure.__name__].append(measure(saliency, mask))
     return {**{name: torch.cat(parts) for name, parts in found.items()}, **fits}
 
 
-def background_reliance(model: nn.Module, data: ImageData | ImageStream, *, batch_size: int = 500) -> dict[str, float]:
+def background_reliance(
+    model: nn.Module, data: ImageData | ImageStream, *, batch_size: int | None = None
+) -> dict[str, float]:
     """What a classifier makes of the object alone and of the background alone, the rest being the mean colour.
 
     By name, with the prefix ``object_only_`` or ``background_only_``: ``accuracy``, and of the map of such an image
     its ``gini`` and ``relevance_mass``, the share of it that lies where the object is, or was.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
-    for x, y, mask in _known(data, batch_size):
+    for x, y, mask in _known(data, batch_size or data.pass_size):
         for name, kept in {"object_only": mask, "background_only": ~mask}.items():
             logits, gradient = logits_and_gradient(model, x * kept[:, None])  # 0 is the mean colour
             saliency = pixel_score(gradient)

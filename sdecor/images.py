@@ -98,6 +98,7 @@ class _Images(ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     paths: tuple[str, ...]
+    image_size: Any
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,6 +153,11 @@ class _Images(ABC):
             which = permutation(len(self))[:which].sort().values
         index = torch.as_tensor(which).cpu()
         return self._at(torch.arange(len(self))[index])
+
+    @property
+    def pass_size(self) -> int:
+        """How many images a pass of a network takes at once where nothing else is asked for: 500, fewer above 64 px."""
+        return max(1, min(500, 500 * 64**2 // int(self.image_size) ** 2))
 
     @property
     def colour(self) -> Tensor:

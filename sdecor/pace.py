@@ -97,7 +97,7 @@ def measured(
         FileNotFoundError: If the data are absent.
     """
     began, where, d = time.perf_counter(), device_of(device), run.data
-    data = load(d.name, root, "train", limit=d.limit, **dict(d.options))
+    data = load(d.name, root, "train", **d.part, **dict(d.options))
     batch, loading = min(run.schedule.batch_size, len(data)), time.perf_counter() - began
     how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled}
     shape = {name: getattr(data, name) for name in SHAPE}

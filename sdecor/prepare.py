@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ def data_of(
     if d.path is not None and (found := fingerprint(d.path)) != d.fingerprint:
         problem = f"its fingerprint is {found}, the run was described for {d.fingerprint}"
         raise ValueError(f"{d.path} has changed: {problem}; describe the run anew")
-    fewer: dict[str, Any] = {"limit": d.limit, "per_class": d.per_class} if split == "train" else {}
-    data = load(d.name, root, split, **fewer, **dict(d.options))
+    data = load(d.name, root, split, **(d.part if split == "train" else {}), **dict(d.options))
     if d.permuted_labels and split == "train":
         data = replace(data, labels=data.labels[permutation(len(data), run.seed)])
     if not d.removed:
@@ -54,7 +52,7 @@ def remove_salient(
     method: str,
     fraction: float,
     *,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> ImageData | ImageStream:
     """Replace the most salient pixels of every image by the mean colour: the data of remove and retrain (ROAR).
@@ -70,18 +68,23 @@ def remove_salient(
         bits = packed(data.image_size, (mask.cpu().numpy() for mask in gone))
         return replace(data, removed=(*data.removed, (bits, torch.arange(len(data)))))
     colour = data.colour.to(data.device).view(1, -1, 1, 1)
-    batches = zip(data.images.split(batch_size), gone, strict=True)
+    batches = zip(data.images.split(batch_size or data.pass_size), gone, strict=True)
     parts = [masked(images, mask.to(data.device), colour.expand_as(images)) for images, mask in batches]
     return replace(data, images=torch.cat(parts), masks=data.object_masks)  # the mean colour is no ink
 
 
 def _most_salient(
-    data: ImageData | ImageStream, model: nn.Module | None, method: str, fraction: float, batch_size: int, seed: int
+    data: ImageData | ImageStream,
+    model: nn.Module | None,
+    method: str,
+    fraction: float,
+    batch_size: int | None,
+    seed: int,
 ) -> Iterator[Tensor]:
     """The pixels that go, bool (B, H, W), batch by batch."""
     draws = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device if model is not None else data.device
-    for x, _ in data.batches(batch_size):
+    for x, _ in data.batches(batch_size or data.pass_size):
         if model is None:
             score = torch.rand(len(x), *x.shape[2:], generator=draws)
         else:

@@ -466,3 +466,11 @@ def test_processes_that_begin_with_nothing_decode_too(stream: ImageStream, monke
             assert torch.equal(x, a) and torch.equal(y, b)
     finally:
         multiprocessing.set_start_method(context, force=True)
+
+
+def test_a_pass_takes_fewer_images_where_these_are_large() -> None:
+    sizes = {28: 500, 64: 500, 65: 484, 96: 222, 224: 40, 4096: 1}
+    for side, count in sizes.items():
+        stream = ImageStream((), torch.zeros(0, dtype=torch.int64), ("a",), (0.5,), (0.5,), side)
+        assert stream.pass_size == count
+    assert toy().pass_size == 500
