@@ -87,7 +87,8 @@ def measure(
 
     Features are those of `layers`, or of `sdecor.models.default_layers`. Measures that need the map alone, or the map
     and a mask, are always taken, on all images. If it is to be `thorough`, `metrics` that need the model are added, on
-    at most `MOST` images, and the accuracy curves, on so many `curve_images` or all: nearly all of the time goes there.
+    at most `MOST` images of up to 32 px, and fewer of larger ones (a quarter of 64 px, a hundred at least), and the
+    accuracy curves, on so many `curve_images` or all: nearly all of the time goes there.
     `batch_size`, by default the data's `pass_size`, matters to these curves alone, by the noise of their fill.
 
     Given are means over images by measure, without those that are undefined on all; and by name, accuracy at each of
@@ -125,7 +126,8 @@ def measure(
     if thorough and curve_images is not None:
         for case, y in _explained(model, data.subset(curve_images), batch_size, seed):
             add(case, y)
-    for case, _ in _explained(model, data.subset(MOST), batch_size, seed) if rest else ():
+    looked = min(MOST, max(100, MOST * 32**2 // data.image_size**2))
+    for case, _ in _explained(model, data.subset(looked), batch_size, seed) if rest else ():
         for name, value in evaluate(case, rest).items():
             per_image[name].append(value)
     if thorough and plays(model, next(data.subset(1).batches(1))[0], data.num_classes):
