@@ -33,6 +33,11 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
+def cache_folder() -> Path:
+    """Folder of this package in the user's cache."""
+    return expanded(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sdecor"))
+
+
 def left_by_tools(name: str) -> bool:
     """Whether a file or folder of that name is no data: hidden, or left there by a system or an editor."""
     return name.startswith(".") or name.lower() in _LEFT_BY_TOOLS

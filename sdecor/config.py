@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from itertools import product
@@ -21,13 +22,14 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from sdecor import registers
 from sdecor._code import HOUSE, check_loaded, code, foreign, home
-from sdecor._files import expanded, files_below
+from sdecor._files import cache_folder, expanded, files_below, replace_atomically
 from sdecor.registers import Between, Dataset, Entry, OneOf, OnlyWith, Option, UnknownName
 
 C = TypeVar("C", bound=type)
 Pairs = tuple[tuple[str, Any], ...]
 OPTIMIZERS, SHAPES, AUGMENTATIONS = ("adamw", "sgd"), ("cosine", "one-cycle", "constant"), ("crop", "flip", "cutout")
 FOLDER = "folder:"
+LONG = 1 << 30  # bytes of a folder that takes long to read
 Count = Annotated[int, Between(1)]
 Positive = Between(0, ends=False)
 
@@ -72,6 +74,23 @@ def pairs(values: Any, name: str) -> Pairs:
 
 
 @lru_cache(maxsize=32)
+def _known(files: tuple[tuple[str, tuple[int, ...]], ...], root: str) -> str:
+    """What `_content` says; of folders that take long to read it is kept in the user's cache."""
+    if sum(size for _, (size, *_) in files) < LONG:
+        return _content(files, root)
+    of = hashlib.blake2b(repr((root, files)).encode(), digest_size=16).hexdigest()
+    try:
+        path = cache_folder() / "fingerprints" / of
+        known = path.read_text(encoding="ascii") if path.exists() else ""
+    except (OSError, ValueError):  # without a cache nothing is lost but time
+        return _content(files, root)
+    if len(known) != 16:
+        known = _content(files, root)
+        with suppress(OSError):
+            replace_atomically(path, lambda file: file.write(known.encode()))
+    return known
+
+
 def _content(files: tuple[tuple[str, tuple[int, ...]], ...], root: str) -> str:
     """Hash of names and contents; the numbers among `files` say when to read them again."""
 
@@ -92,13 +111,14 @@ def fingerprint(folder: Path) -> str:
     It is made of names and *content*, not of sizes and times: a copy on another machine is the same data, and two
     pictures of one size that change places are not. Training reads every byte many times, so that reading it once more
     is cheap. Hidden files and what tools leave do not count. Within a process a folder is read again only when the
-    size, a time or the inode of a file has changed.
+    size, a time or the inode of a file has changed, and a folder of more than a gigabyte also in other processes: what
+    was found is kept in ``fingerprints/`` of the user's cache, ``$XDG_CACHE_HOME/sdecor``.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
     found = sorted((Path(file.path).relative_to(folder), file.stat()) for file in files_below(folder))
     seen = [(n.as_posix(), (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)) for n, s in found]
-    return _content(tuple(seen), str(folder.resolve()))
+    return _known(tuple(seen), str(folder.resolve()))
 
 
 def checked_data(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdecor._files import expanded, files_below, inside, is_image, locked
+from sdecor._files import cache_folder, expanded, files_below, inside, is_image, locked
 from sdecor.registers import DATASETS, Dataset
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """Where data lies: `root`, else ``$SDECOR_DATA``, else the per-user cache ``$XDG_CACHE_HOME/sdecor``."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sdecor")
-    return expanded(os.environ.get("SDECOR_DATA") or cache if root is None else root)
+    return expanded(os.environ.get("SDECOR_DATA") or cache_folder() if root is None else root)
 
 
 @dataclass(frozen=True)

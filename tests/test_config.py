@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdecor import config
 from sdecor.config import Data, Model, Run, Schedule, fingerprint, fitting, flat_fields, flat_options, method_grid
 from sdecor.registers import ATTRIBUTIONS, METHODS, TERMS
 
@@ -261,6 +262,30 @@ def test_spellings_of_one_folder_are_one_run_and_other_folders_are_not(
     (other / "train/a/1.png").rename(other / "train/b/2.png")
     monkeypatch.chdir(other.parent)
     assert Run.of(data="folder:flowers") != runs[0]
+
+
+def test_the_fingerprint_of_a_large_folder_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    small = fingerprint(folder)
+    assert not cache.exists()
+    monkeypatch.setattr(config, "LONG", 1)
+    read: list[str] = []
+    content = config._content
+    monkeypatch.setattr(config, "_content", lambda files, root: read.append(root) or content(files, root))
+    for _ in range(3):
+        config._known.cache_clear()  # as in another process
+        assert fingerprint(folder) == small
+    [kept] = (cache / "sdecor" / "fingerprints").iterdir()
+    assert len(read) == 1 and kept.read_text() == small
+    next(folder.rglob("*.png")).write_bytes(b"other")
+    assert fingerprint(folder) != small and len(read) == 2
+    kept.write_text("cut")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file where a folder should be
+    config._known.cache_clear()
+    assert len(fingerprint(folder)) == 16 and len(read) == 3
 
 
 def test_a_fingerprint_tells_names_and_contents(folder: Path) -> None:
