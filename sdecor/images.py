@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as pil
 
 from sdecor.config import AUGMENTATIONS
+from sdecor.processes import drawn, mine
 from sdecor.registers import DATASETS, Between, OneOf
 
 #: Pixels of the objects of an image file, by its path, its width and height, and the side of the square it becomes.
@@ -66,18 +67,20 @@ def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator | None
     rows, cols = torch.arange(h, device=x.device).expand(b, h), torch.arange(w, device=x.device).expand(b, w)
     inside = (rows[:, :, None], cols[:, None, :])
     if "flip" in names:
-        flipped = torch.rand(b, 1, generator=generator, device=at).to(x.device) < 0.5
+        flipped = drawn(torch.rand, (b, 1), generator=generator, device=at).to(x.device) < 0.5
         cols = torch.where(flipped, w - 1 - cols, cols)
     if "crop" in names:
         reach = max(h // 8, 1)
         x = pad(x, (reach, reach, reach, reach))
-        shift = torch.randint(2 * reach + 1, (2, b, 1), generator=generator, device=at).to(x.device)
+        below = partial(torch.randint, 2 * reach + 1)
+        shift = drawn(below, (2, b, 1), along=1, generator=generator, device=at).to(x.device)
         rows, cols = rows + shift[0], cols + shift[1]
     index = torch.arange(b, device=x.device)[:, None, None]
     x = x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1).contiguous()
     if "cutout" in names:
         side = max(h // 2, 1)
-        starts = (torch.randint(n, (b, 1, 1), generator=generator, device=at).to(x.device) - side // 2 for n in (h, w))
+        centres = (drawn(partial(torch.randint, n), (b, 1, 1), generator=generator, device=at) for n in (h, w))
+        starts = (centre.to(x.device) - side // 2 for centre in centres)
         hole = [(start <= place) & (place < start + side) for start, place in zip(starts, inside, strict=True)]
         x = x.masked_fill((hole[0] & hole[1])[:, None], 0)
     return x
@@ -197,7 +200,7 @@ class _Images(ABC):
         at = _CPU if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=at) if shuffle else torch.arange(len(self))
         parts = [part for part in order.split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
-        for images, y, mask in self._read(parts, masks):
+        for images, y, mask in self._read([mine(part) for part in parts], masks):
             if augment:  # the mask as one more channel, so that it goes where the pixels go
                 both = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
                 both = augmented(both, augment, generator)
