@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import reduce
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from sdecor.store import Store
 
 Command = Callable[..., Any]
+SHARED = ("train", "grid", "run")  # commands that processes can work at together
+TURN = 5.0  # seconds
 
 
 class _OneLine(click.Group):
@@ -38,7 +41,9 @@ class _OneLine(click.Group):
         except BrokenPipeError:  # whoever read the output has enough of it: click ends the process quietly
             raise
         except (ValueError, OSError, FloatingPointError) as error:
-            click.echo(f"error: {error}", err=True)
+            if rank := _rank():  # what all have to say, process 0 says; torchrun then ends the others before they do
+                time.sleep(TURN)
+            click.echo(f"error{f' in process {rank}' if rank else ''}: {error}", err=True)
             ctx.exit(1 if isinstance(error, (FloatingPointError, ChildProcessError)) else 2)
 
 
@@ -97,12 +102,24 @@ _work = _several(
 )
 
 
+def _rank() -> int:
+    """Number of this process among those that torchrun started, if it did."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 @click.group(cls=_OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option(
     "--use", multiple=True, help="Python file, or module, that registers something of your own. May be given again."
 )
-def app(use: tuple[str, ...]) -> None:
+@click.pass_context
+def app(ctx: click.Context, /, use: tuple[str, ...]) -> None:
     """SaliencyDecor: train, compare, measure."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        if ctx.invoked_subcommand not in SHARED:
+            what = f"`sdecor {ctx.invoked_subcommand}` is work for one process; call it without torchrun"
+            raise ValueError(f"{what}, which is for {', '.join(SHARED)}")
+        if _rank():
+            sys.stdout = open(os.devnull, "w")
     if absent := [name for name in use if name.endswith(".py") and not Path(name).is_file()]:
         raise FileNotFoundError(f"no file '{absent[0]}' to use")
     if use:  # in the environment, so that worker processes find it too
@@ -123,9 +140,11 @@ def _store(folder: str, root: str) -> Store:
 def train(ctx: click.Context, /, store: str, data_root: str, quiet: bool, **how: Any) -> None:
     """Do one run, or read its record if it was done before."""
     from sdecor.experiment import execute
+    from sdecor.processes import joined
 
     run, shelf = Run.of(**(ctx.obj or {})), _store(store, data_root)
-    record = execute(run, shelf, root=data_root or None, progress=False if quiet else None, **how)
+    with joined(how["device"]) as how["device"]:
+        record = execute(run, shelf, root=data_root or None, progress=False if quiet else None, **how)
     assert record is not None  # it would be None only if we had not waited for another process
     click.echo(f"{run.method} on {run.data.name}, seed {run.seed}: {run.key} in {shelf.root}")
     for name, value in sorted(record.metrics.items()):
@@ -158,6 +177,7 @@ def grid(
 ) -> None:
     """Do every method with every seed; stop it at any moment, start it again, and it goes on."""
     from sdecor import experiment
+    from sdecor.processes import joined
 
     chosen = None if methods == "all" else methods.split(",")
     runs, shelf = method_grid(_numbers(seeds), chosen, **(ctx.obj or {})), _store(store, data_root)
@@ -169,7 +189,8 @@ def grid(
     count()
     try:
         progress = False if quiet or workers > 1 else None
-        experiment.grid(runs, shelf, workers=workers, root=data_root or None, progress=progress, **how)
+        with joined(how["device"]) as how["device"]:
+            experiment.grid(runs, shelf, workers=workers, root=data_root or None, progress=progress, **how)
     finally:
         count()
 
@@ -269,6 +290,7 @@ def run_plan(
     """Work through a plan in order of value; stop it at any moment, start it again, and it goes on."""
     began = time.time()
     from sdecor import parcels, planned
+    from sdecor.processes import joined
 
     course, shelf = _course(name, preset, seeds, data), _store(store, data_root)
 
@@ -279,7 +301,8 @@ def run_plan(
 
     rest = math.inf if budget is None else budget - (time.time() - began)
     try:
-        planned.run_plan(course, shelf, root=data_root or None, budget=rest, after=pack, **how)
+        with joined(how["device"]) as how["device"]:
+            planned.run_plan(course, shelf, root=data_root or None, budget=rest, after=pack, **how)
     finally:
         took = _minutes(time.time() - began)
         click.echo(f"{_progress(course, shelf)}, after {took}; records in {shelf.root}")

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from sdecor.models import averaged, channels_first, default_layers, layer
 from sdecor.objective import Step, capture, classification, consistency, decorrelation, frozen_statistics, term
+from sdecor.processes import drawn, least
 from sdecor.registers import METHODS, Between, Method
 from sdecor.saliency import frozen_eval, input_gradient, logits_of, quick_slope
 from sdecor.whitening import GroupWhitening, full_precision, whiten
@@ -49,9 +50,9 @@ def adversarial(step: Step, *, radius: Annotated[float, Between(0, ends=False)] 
 def attacked(step: Step, radius: float) -> Tensor:
     """The images ``(B, C, H, W)`` that `adversarial` trains on; the network's mode is left as it is."""
     x = step.images
-    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    low, high = least(x.amin((0, 2, 3), keepdim=True)), -least(-x.amax((0, 2, 3), keepdim=True))
     device = x.device if step.generator is None else step.generator.device
-    noise = torch.rand(x.shape, generator=step.generator, device=device, dtype=x.dtype).to(x.device)
+    noise = drawn(torch.rand, x.shape, generator=step.generator, device=device, dtype=x.dtype).to(x.device)
     start = torch.clamp(x + radius * (2 * noise - 1), low, high).requires_grad_()
     with frozen_statistics(step.model), quick_slope(step.model, start) as to_images:
         log_probability = log_softmax(full_precision(step.model(start)), 1)
@@ -109,7 +110,7 @@ def deleted_classification(step: Step) -> Tensor:
     x, side = step.images, patch_side(step.images)
     device = x.device if step.generator is None else step.generator.device
     size = (len(x), x.shape[2] // side, x.shape[3] // side)
-    share, draw = (torch.rand(s, generator=step.generator, device=device) for s in ((len(x), 1, 1), size))
+    share, draw = (drawn(torch.rand, s, generator=step.generator, device=device) for s in ((len(x), 1, 1), size))
     holes = (draw < share).to(x.device).repeat_interleave(side, 1).repeat_interleave(side, 2)
     return cross_entropy(full_precision(logits_of(step.model, x.masked_fill(holes[:, None], 0))), step.target)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
+from sdecor import processes
 from sdecor.registers import PENALTIES
 from sdecor.whitening import covariance, full_precision, grouped, require_tensors, whitened
 
@@ -46,7 +47,7 @@ def correlation(x: Tensor) -> Tensor:
 def zca(x: Tensor) -> Tensor:
     """Mean squared distance to the features' own ZCA-whitened version, which is held fixed."""
     with torch.no_grad():
-        white, mean = whitened(x), x.mean(1, keepdim=True)
+        white, mean = whitened(x), processes.mean(x.mean(1, keepdim=True))
     return mse_loss(x - mean, white)  # the gradient through the mean is 0: both have mean 0
 
 
@@ -69,7 +70,8 @@ def barlow(x: Tensor, off_diagonal_weight: float = 0.0051) -> Tensor:
 @penalty(label="VICReg", source="arXiv:2105.04906")
 def vicreg(x: Tensor, variance_weight: float = 25.0) -> Tensor:
     """Variance hinge and covariance term of VICReg."""
-    unbiased = covariance(x)[1] * (x.shape[1] / (x.shape[1] - 1))
+    count = x.shape[1] * processes.parts()
+    unbiased = covariance(x)[1] * (count / (count - 1))
     std = (unbiased.diagonal(dim1=-2, dim2=-1) + 1e-4).sqrt()
     return (variance_weight * relu(1 - std).mean(-1) + _squares_off_diagonal(unbiased) / x.shape[-1]).mean()
 

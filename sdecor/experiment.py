@@ -13,17 +13,21 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from sdecor import registers
 from sdecor._code import foreign
 from sdecor._files import locked
 from sdecor.config import Data, Run
 from sdecor.evaluation import exhibit, held_out_of, measure, own_measures
+from sdecor.images import ImageData, ImageStream
 from sdecor.prepare import data_of, without_removal
+from sdecor.processes import alone, number, rank, told
 from sdecor.store import SHAPE, Record, Store, environment, network
 from sdecor.training import History, device_of, fit, way
 
 log = logging.getLogger("sdecor")
+_TRAIN = "train"  # what process 0 tells the others to do
 SAID = {"amp": "bfloat16", "compiled": "compiled"}  # in a way of computing
 
 
@@ -46,10 +50,28 @@ def execute(
     those of `sdecor.training.fit`. The result is None only if another process is at it and `wait` is off. How a record
     was computed is no part of the description: one that was computed in another way counts, and `say` has a warning say
     so.
+
+    Within `sdecor.processes.joined`, all processes have to call it and train together; process 0 finds out what is to
+    be done, holds the lock, measures and writes, and all get its result.
     """
-    checkpoint = store.checkpoint(run)
+    how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
+    how |= {"after_epoch": after_epoch}
+    if rank():
+        while (said := told()) == _TRAIN:
+            _done(run, store, root, how)
+        return Record.of_json(said) if said else None
+    record = _executed(run, store, root, how, wait, say)
+    if number() > 1:
+        told(record.to_json() if record else "")
+    return record
+
+
+def _executed(
+    run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any], wait: bool, say: bool
+) -> Record | None:
+    checkpoint, device = store.checkpoint(run), how["device"]
     if (record := store.record(run)) is not None and say:
-        otherwise([record], store, device, amp, compiled)
+        otherwise([record], store, device, how["amp"], how["compiled"])
     if record is not None and not any(checkpoint.parent.glob(f"{run.key}.*")):
         if foreign(registers.DATASETS[run.data.entry].function):  # whose files nobody knows
             for split in ("train", run.evaluate_on):
@@ -59,8 +81,8 @@ def execute(
         if not mine:
             return record
         if (record := store.record(run)) is None:  # else finished by others while we waited, or killed when tidying up
-            how: dict[str, Any] = {"device": device, "amp": amp, "compiled": compiled, "progress": progress}
-            record = _done(run, store, root, {**how, "after_epoch": after_epoch})
+            told(_TRAIN)
+            record = _done(run, store, root, how)
         checkpoint.unlink(missing_ok=True)
         return record
 
@@ -70,7 +92,7 @@ def otherwise(
 ) -> None:
     """Warn of records that were computed in another way than is asked for now, a line for each way."""
     records = list(records)
-    wanted = way(torch.device("cuda") if device.startswith("cuda") else device_of(device), amp, compiled)
+    wanted = way(torch.device("cuda") if device.startswith("cuda") else device_of(device), amp, compiled, number())
     found = Counter(" and ".join(r.ways) for r in records if r.ways and r.ways != [wanted])
     for had, count in found.items():
         what = f"{count} records in {store.root} were" if count > 1 else f"the record in {store.root} was"
@@ -100,8 +122,8 @@ def mixed(records: Iterable[Record]) -> None:
             log.warning("the %s images of %s at seed %d are not the same in all records", split, of.name, seed)
 
 
-def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any]) -> Record:
-    """Train, measure, and write what is left."""
+def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict[str, Any]) -> Record | None:
+    """Train, measure, and write what is left; of several processes, process 0 does all but train."""
     where, started = device_of(how["device"]), time.perf_counter()
     if run.data.removed and run.data.removed_by != "random":
         execute(without_removal(run), store, root=root, **how)
@@ -114,6 +136,24 @@ def _done(run: Run, store: Store, root: str | os.PathLike[str] | None, how: dict
     spare = 5.0 if where.type == "cuda" else 0.0
     kept: dict[str, Any] = {"checkpoint": store.checkpoint(run), "spare": spare}
     history = fit(model, train, run.objective, run.schedule, seed=run.seed, **kept, **how)
+    if rank():
+        return None
+    with alone():
+        return _measured(run, store, model, (train, held_out), shape, history, where, started)
+
+
+def _measured(
+    run: Run,
+    store: Store,
+    model: nn.Module,
+    data: tuple[ImageData | ImageStream, ImageData | ImageStream],
+    shape: dict[str, int],
+    history: History,
+    where: torch.device,
+    started: float,
+) -> Record:
+    """Measure what was trained, and write what is left."""
+    train, held_out = data
     layers = run.objective.settings.get("layers", ())
     wanted: dict[str, Any] = {"thorough": run.thorough, "curve_images": run.curve_images, "tuning": run.tuning}
     metrics, curves = measure(model, held_out, layers=layers, device=where, train=train, **wanted)
@@ -150,6 +190,8 @@ def grid(
     the same bits. `settings` go to `execute`. If a worker fails, ChildProcessError says so.
     """
     todo = list(runs)
+    if workers > 1 and number() > 1:
+        raise ValueError(f"workers={workers} cannot be started by each of {number()} processes; use workers=1")
     if settings.get("say", True):
         asked: Any = {name: settings[name] for name in ("device", "amp", "compiled") if name in settings}
         otherwise([record for run in todo if (record := store.record(run)) is not None], store, **asked)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
@@ -29,6 +29,7 @@ from torchvision.transforms import functional as pil
 
 from sdecor._bits import Bits
 from sdecor.config import AUGMENTATIONS
+from sdecor.processes import drawn, mine
 from sdecor.registers import DATASETS, Between, OneOf
 
 #: Pixels of the objects of an image file, by its path, its width and height, and the side of the square it becomes.
@@ -73,18 +74,20 @@ def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator | None
     rows, cols = torch.arange(h, device=x.device).expand(b, h), torch.arange(w, device=x.device).expand(b, w)
     inside = (rows[:, :, None], cols[:, None, :])
     if "flip" in names:
-        flipped = torch.rand(b, 1, generator=generator, device=at).to(x.device) < 0.5
+        flipped = drawn(torch.rand, (b, 1), generator=generator, device=at).to(x.device) < 0.5
         cols = torch.where(flipped, w - 1 - cols, cols)
     if "crop" in names:
         reach = max(h // 8, 1)
         x = pad(x, (reach, reach, reach, reach))
-        shift = torch.randint(2 * reach + 1, (2, b, 1), generator=generator, device=at).to(x.device)
+        below = partial(torch.randint, 2 * reach + 1)
+        shift = drawn(below, (2, b, 1), along=1, generator=generator, device=at).to(x.device)
         rows, cols = rows + shift[0], cols + shift[1]
     index = torch.arange(b, device=x.device)[:, None, None]
     x = x.movedim(1, -1)[index, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)
     if "cutout" in names:
         side = max(h // 2, 1)
-        starts = (torch.randint(n, (b, 1, 1), generator=generator, device=at).to(x.device) - side // 2 for n in (h, w))
+        centres = (drawn(partial(torch.randint, n), (b, 1, 1), generator=generator, device=at) for n in (h, w))
+        starts = (centre.to(x.device) - side // 2 for centre in centres)
         hole = [(start <= place) & (place < start + side) for start, place in zip(starts, inside, strict=True)]
         x = x.masked_fill((hole[0] & hole[1])[:, None], 0)
     return x
@@ -219,7 +222,8 @@ class _Images(ABC):
         order = torch.randperm(len(self), generator=generator, device=at) if shuffle else torch.arange(len(self))
         if drop_last:
             order = order[: len(order) // batch_size * batch_size]
-        for images, y, mask in self._read(order, batch_size, masks):
+        parts = [mine(part) for part in order.split(batch_size)]
+        for images, y, mask in self._read(torch.cat(parts), max(len(parts[0]), 1), masks):
             if augment:  # the mask as one more channel, so that it goes where the pixels go
                 images = images if mask is None else torch.cat([images, mask[:, None].to(images.dtype)], 1)
                 images = augmented(images, augment, generator)
@@ -578,9 +582,7 @@ class ImageStream(_Images):
         copied: deque[torch.cuda.Event] = deque()
         with closing(self._pieces(order, size, decoder)) as pieces:
             for index in (order[start : start + size] for start in range(0, len(order), size)):
-                if (
-                    self.device.type == "cuda"
-                ):  # what is to be copied is held until then: no more than two batches of it
+                if self.device.type == "cuda":  # no more than two batches are held until they are copied
                     copied.append(torch.cuda.current_stream(self.device).record_event())
                     if len(copied) > 1:
                         copied.popleft().synchronize()

@@ -7,10 +7,13 @@ for some of the arguments of `replacement`. What is unknown or impossible is a V
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from sdecor.processes import drawn
 from sdecor.registers import FILLS
 from sdecor.whitening import require_tensors
 
@@ -63,7 +66,8 @@ def uniform(x: Tensor, common: bool, generator: Generator | None) -> Tensor:
     flat, kind = x.contiguous().flatten(2), torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse
     low, high = (end[..., None, None].to(kind) for end in (flat.amin(2), flat.amax(2)))  # twice as fast as aminmax
     device = x.device if generator is None else generator.device
-    noise = torch.rand(x.shape[common:], generator=generator, device=device, dtype=kind).to(x.device)
+    how: dict[str, Any] = {"generator": generator, "device": device, "dtype": kind}
+    noise = (torch.rand(x.shape[1:], **how) if common else drawn(torch.rand, x.shape, **how)).to(x.device)
     span = high - low
     return (torch.addcmul(low, noise, span) if common else torch.addcmul(low, noise, span, out=noise)).to(x.dtype)
 

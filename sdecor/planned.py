@@ -7,6 +7,7 @@ ends, what is there is a complete smaller table. What was begun goes on from its
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ from sdecor.choice import Trial
 from sdecor.config import Run
 from sdecor.experiment import devices, execute, otherwise
 from sdecor.plan import Course, State
+from sdecor.processes import alone, number, rank, told
 from sdecor.rehearsal import Prices, Root, check
 from sdecor.store import Record, Store
 from sdecor.training import History, device_of
@@ -154,9 +156,17 @@ def run_plan(
     otherwise. `after` is called in this process, first, now and then, and at the end; an OSError of it ends the work
     only if it comes first or last. What `check` raises ends everything at once. A run that fails is left for another
     time, and after some of them the worker gives up; the others go on, and ChildProcessError says why at the end.
+
+    Within `sdecor.processes.joined`, all processes call it with one worker, and are at each run together. Then the
+    budget ends the work after an epoch, not within one; `after` is called first and last; a run that fails ends all.
     """
     deadline, where = time.time() + budget, device_of(device)
     count = threads or (1 if workers > 1 or where.type == "cuda" else None)
+    if number() > 1:
+        if workers > 1:
+            raise ValueError(f"workers={workers} cannot be started by each of {number()} processes; use workers=1")
+        _jointly(course, store, deadline, after, root=root, device=device, threads=count, compiled=compiled)
+        return
     _tidy(course, store)
     after()
     listed = list(work(course, store))
@@ -187,6 +197,39 @@ def run_plan(
     if failed := [_last_words(p, ear) for p, ear in pairs if p.exitcode and p not in late]:
         said = "; ".join(dict.fromkeys(failed))
         raise ChildProcessError(f"{len(failed)} of {len(processes)} workers failed: {said}")
+
+
+def _jointly(course: Course, store: Store, deadline: float, after: Callable[[], None], **how: Any) -> None:
+    """Work through a plan together with other processes: process 0 says which run is next, and when to stop."""
+    if rank():
+        threads = how.pop("threads")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        while said := told():
+            with suppress(OutOfTime, FloatingPointError):  # of which process 0 takes care
+                run = Run.from_dict(json.loads(said))
+                execute(run, store, after_epoch=_stop(lambda: False), amp=course.amp, progress=False, **how)
+        return
+    _tidy(course, store)
+    after()
+    say_otherwise(course, store, how["device"], how["compiled"])
+    with alone():
+        check(course, store, how["root"], until=deadline)
+    try:
+        _work(course, store, deadline=deadline, **how)
+        told("")
+    finally:
+        after()
+
+
+def _stop(over: Callable[[], bool]) -> Callable[[int, History], None]:
+    """What ends a run after an epoch when the time is over, which of several processes the first one says."""
+
+    def stop(epochs: int, history: History) -> None:
+        if told("over" if over() else ""):
+            raise OutOfTime
+
+    return stop
 
 
 def _last_words(process: BaseProcess, ear: Connection) -> str:
@@ -281,17 +324,15 @@ def _work(
         """Whether the time is, or the process that started this one was killed."""
         return time.time() >= deadline or (parent is not None and not parent.is_alive())
 
-    def stop(epochs: int, history: History) -> None:
-        if over():
-            raise OutOfTime
-
     def fits(run: Run) -> bool:
-        return deadline == math.inf or time.time() + MARGIN * prices.seconds(run) < deadline
+        with alone():
+            return deadline == math.inf or time.time() + MARGIN * prices.seconds(run) < deadline
 
     def do(todo: Todo) -> bool:
         """Whether it is done now; if not, another process is at it."""
+        told(json.dumps(todo.run.to_dict()))
         try:
-            return execute(todo.run, store, after_epoch=stop, wait=False, **how) is not None
+            return execute(todo.run, store, after_epoch=_stop(over), wait=False, **how) is not None
         except FloatingPointError as error:
             log.warning("%s of arm '%s' broke down: %s", todo.stage, todo.arm, error)
             store.checkpoint(todo.run).unlink(missing_ok=True)
@@ -300,6 +341,8 @@ def _work(
         except (OutOfTime, OSError):
             raise
         except Exception as error:  # such as too little memory: others may do better
+            if number() > 1:  # and wait for this one
+                raise
             failed.append(f"{todo.stage} of arm '{todo.arm}', {_said(error)}")
             return True
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sdecor.first_convolution import FirstConvolution
+from sdecor.processes import drawn
 from sdecor.registers import SCORES
 from sdecor.whitening import require_tensors
 
@@ -107,7 +108,7 @@ def signed(gradient: Tensor) -> Tensor:
 def random(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers, which look at nothing: the mask made of them hides pixels at random."""
     device = images.device if generator is None else generator.device
-    return torch.rand(images[:, 0].shape, generator=generator, device=device).to(images.device)
+    return drawn(torch.rand, images[:, 0].shape, generator=generator, device=device).to(images.device)
 
 
 def pixel_score(attribution: Tensor, kind: str = "absolute") -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from sdecor import processes
 from sdecor._files import replace_atomically, set_aside
 from sdecor.config import Objective, Schedule
 from sdecor.graphs import Captured
@@ -56,14 +57,15 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def way(device: torch.device, amp: bool = False, compiled: bool = False) -> str:
-    """How training is computed, as far as it may show in the result: ``cuda, bfloat16, compiled``."""
-    return ", ".join([device.type, *["bfloat16"] * amp, *["compiled"] * compiled])
+def way(device: torch.device, amp: bool = False, compiled: bool = False, number: int = 1) -> str:
+    """How training is computed, as far as it may show in the result: ``cuda, bfloat16, compiled, 8 processes``."""
+    several = [f"{number} processes"] if number > 1 else []
+    return ", ".join([device.type, *["bfloat16"] * amp, *["compiled"] * compiled, *several])
 
 
-def _now(history: History, *how: Any) -> str:
+def _now(history: History, where: torch.device, amp: bool, compiled: bool) -> str:
     """The `way` of the epochs to come; one that those done were not computed in is said."""
-    now = way(*how)
+    now = way(where, amp, compiled, processes.number())
     if history.computed and history.computed[-1] != now:
         done, before = len(history.computed), history.computed[-1]
         log.warning("%d epochs were computed on %s, those to come are on %s", done, before, now)
@@ -89,7 +91,7 @@ class _Sums:
         """Raise FloatingPointError if a term is not finite; the first such step is named."""
         if not self.buffer:
             return
-        values = torch.stack(self.buffer)
+        values = processes.mean(torch.stack(self.buffer))  # so that all processes raise what one has to raise
         if not bool(torch.isfinite(values).all()):
             step, term = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
             at = f"at step {self.first + self.steps - len(self.buffer) + step}"
@@ -106,7 +108,7 @@ class _Sums:
 
 def _save(path: Path | None, about: tuple[str, dict[str, str]], history: History, **parts: Any) -> None:
     """Write a checkpoint: SHA-256 of what follows (torch checks none of its own), then what ``torch.save`` makes."""
-    if path is None:
+    if path is None or processes.rank():
         return
     buffer, state = io.BytesIO(), {name: part.state_dict() for name, part in parts.items()}
     torch.save({"description": about[0], "of": about[1], "history": vars(history), **state}, buffer)
@@ -148,6 +150,13 @@ def _resume(path: Path | None, about: tuple[str, dict[str, str]], history: Histo
     return len(history.seconds)
 
 
+def _digest(model: nn.Module) -> str:
+    """Of what the model holds, where processes have to compare it."""
+    state = model.state_dict().values() if processes.number() > 1 else ()
+    held = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in state)
+    return hashlib.sha256(b"".join(held)).hexdigest()[:16]
+
+
 def _of(model: nn.Module, train: ImageData | ImageStream) -> dict[str, str]:
     """Digests of what a checkpoint is of."""
     return {"images": train.digest, "networks": hashlib.sha256(repr(model).encode()).hexdigest()[:16]}
@@ -159,7 +168,11 @@ def _checked(train: Any, objective: Any, plan: Any, device: str) -> tuple[Any, O
     for name, value, kind in (("objective", objective, Objective), ("schedule", plan, Schedule)):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be of the class {kind.__name__}, got {type(value).__name__}")
-    return checked_set("train", train), objective, plan, device_of(device)
+    number, size = processes.number(), min(plan.batch_size, len(checked_set("train", train)))
+    if size % number:
+        which = "batch_size" if size == plan.batch_size else "the number of images, which is that of the only batch,"
+        raise ValueError(f"{which} must be a multiple of the number of processes, {number}; got {size}")
+    return train, objective, plan, device_of(device)
 
 
 def _kept(
@@ -168,6 +181,7 @@ def _kept(
     """Epochs that are done, and what to call after each: it saves if that is due, or if its block raises."""
     path = None if path is None else Path(path)
     done, saved = _resume(path, about, history, **parts), time.perf_counter()
+    processes.same(epochs=done, of=about, weights=_digest(parts["model"]))
 
     @contextmanager
     def save() -> Iterator[None]:
@@ -269,6 +283,10 @@ def fit(
     Every epoch draws its order, masks and dropout from a seed made of `seed` and its number. So a run that was killed
     continues from the last finished epoch with the same bits as one that was not (on the CPU, same number of threads).
 
+    Within `sdecor.processes.joined`, all processes have to call it, with the same arguments, and each takes its part of
+    every batch. What they draw, and all else but the order of sums, is as in one process. A model is not compiled then,
+    and no CUDA graph made.
+
     Args:
         model: Classifier, initialized by the caller; all of it is put in training mode.
         train: Training images.
@@ -277,13 +295,15 @@ def fit(
         seed: Of everything random here.
         device: See `device_of`.
         validation: Images whose accuracy is measured after each epoch.
-        checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so.
+        checkpoint: File to write after each epoch and to continue from. A corrupt one is set aside and said so. All
+            processes read it, and process 0 writes it.
         spare: Seconds of work that a kill may cost besides an epoch: shorter epochs share a checkpoint.
         amp: bfloat16 autocast; whitening and all losses stay in float32.
         compiled: Run the model through ``torch.compile``.
         graph: On a GPU, replay the step as a CUDA graph, unless the model is compiled.
         progress: Show a bar; None shows it on a terminal only.
-        after_epoch: Called with the number of finished epochs and the history. If it raises, these are kept.
+        after_epoch: Called with the number of finished epochs and the history, in every process. If it raises, these
+            are kept; it must do so in all.
 
     Raises:
         ValueError: If anything does not fit: images, device, layers, labels, or a `checkpoint` of other settings.
@@ -292,6 +312,8 @@ def fit(
     """
     train, objective, plan, where = _checked(train, objective, schedule or Schedule(), device)
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
+    if compiled and processes.number() > 1:
+        raise ValueError("a model cannot be compiled in several processes; start without torchrun, or do not compile")
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where)
     steps = max(len(train) // plan.batch_size, 1)
@@ -311,20 +333,22 @@ def fit(
         bar = stack.enter_context(_bar(done * steps, plan.epochs * steps, progress))
         order, noise = torch.Generator(where), torch.Generator(where)
         step = _stepper(forward, objective, optimizer, plan, amp, features=features, layers=layers, generator=noise)
-        train_step = Captured(step, noise) if graph and where.type == "cuda" and not compiled else step
+        captured = graph and where.type == "cuda" and not compiled and processes.number() == 1
+        train_step = Captured(step, noise) if captured else step
         for epoch in range(done, plan.epochs):
             started = time.perf_counter()
             _draw(seed, epoch, order, noise)
             model.train()
             sums = _Sums([*history.terms], epoch * steps, where.type == "cpu")
-            for x, y in data.batches(plan.batch_size, generator=order, layout=layout, **how):
-                x, y = x.to(where, memory_format=layout), y.to(where)
-                rate(plan.rate(epoch * steps + sums.steps, plan.epochs * steps))
-                sums.add(train_step(x, y))
-                bar.update()
-            sums.means_to(history.terms)
-            if validation is not None:
-                history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
+            with processes.together():
+                for x, y in data.batches(plan.batch_size, generator=order, layout=layout, **how):
+                    x, y = x.to(where, memory_format=layout), y.to(where)
+                    rate(plan.rate(epoch * steps + sums.steps, plan.epochs * steps))
+                    sums.add(train_step(x, y))
+                    bar.update()
+                sums.means_to(history.terms)
+                if validation is not None:
+                    history.validation_accuracy.append(evaluate(model, validation, device=device)["accuracy"])
             history.seconds.append(time.perf_counter() - started)
             history.computed.append(now)
             bar.set_postfix(loss=f"{history.terms['total'][-1]:.3f}")
@@ -388,7 +412,7 @@ def _own_state(where: torch.device) -> Iterator[None]:
 
 
 def _bar(done: int, steps: int, progress: bool | None) -> tqdm[Any]:
-    hidden = None if progress is None else not progress
+    hidden = True if processes.rank() else None if progress is None else not progress
     return tqdm(total=steps, initial=done, unit="step", leave=False, disable=hidden)
 
 
@@ -411,6 +435,7 @@ def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float | None)
     (group,) = optimizer.param_groups
     optimizer.zero_grad(set_to_none=True)  # what a capture that broke off may have left
     loss.backward(inputs=group["params"])
+    processes.average(p.grad for p in group["params"] if p.grad is not None)
     if clip is not None:
         nn.utils.clip_grad_norm_(group["params"], clip)
     optimizer.step()
@@ -431,6 +456,7 @@ def evaluate(
             logits, y = logits_of(model, x.to(where)).float(), y.to(where)
             right += float((logits.argmax(1) == y).sum())
             loss += float(cross_entropy(logits, y, reduction="sum"))
+    right, loss = processes.total(torch.tensor([right, loss], dtype=torch.float64, device=where)).tolist()
     return {"accuracy": right / len(data), "cross_entropy": loss / len(data)}
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sdecor import processes
 from sdecor.registers import Between, OneOf
 
 Method = Literal["zca", "newton_schulz", "pca", "cholesky"]
@@ -50,7 +51,7 @@ def grouped(z: Tensor, group_size: int | None, *, layer: str = "features", at_le
         what = f"does not divide the {channels} channels of layer '{layer}'; use one of {fitting}"
         raise ValueError(f"group_size={group_size} {what}")
     flat = z if z.ndim == 2 else z.movedim(1, -1).flatten(0, 2)
-    if len(flat) < at_least:
+    if len(flat) * processes.parts() < at_least:
         what = f"a covariance needs at least {at_least}, so use a larger batch"
         raise ValueError(f"layer '{layer}' gives {len(flat)} sample of shape {tuple(z.shape)}; {what}")
     return flat.reshape(len(flat), channels // g, g).transpose(0, 1)
@@ -69,6 +70,7 @@ class _Covariance(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor) -> Tensor:
         centred = x - mean
         ctx.save_for_backward(centred)
+        ctx.whole = processes.parts() == 1
         return centred.mT @ centred / x.shape[1]
 
     @staticmethod
@@ -77,13 +79,13 @@ class _Covariance(torch.autograd.Function):
         (centred,) = ctx.saved_tensors
         g = grads[0] / centred.shape[1]
         d = centred @ (g + g.mT)
-        return d.sub_(d.mean(1, keepdim=True)), None
+        return (d.sub_(d.mean(1, keepdim=True)) if ctx.whole else d), None  # over all parts that mean is 0
 
 
 def covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``(G, 1, g)`` and covariance ``(G, g, g)`` of grouped samples ``(G, N, g)``."""
-    mean = x.mean(1, keepdim=True)
-    return mean, _Covariance.apply(x, mean.detach())  # type: ignore[no-untyped-call]
+    mean = processes.mean(x.mean(1, keepdim=True))
+    return mean, processes.mean(_Covariance.apply(x, mean.detach()))  # type: ignore[no-untyped-call]
 
 
 class _InverseSqrt(torch.autograd.Function):
@@ -230,7 +232,8 @@ class GroupWhitening(nn.Module):
             mean, cov = covariance(x) if self.training else (self.running_mean, self.running_covariance)
             if self.training and self.track_running_stats:
                 with torch.no_grad():
-                    unbiased = cov * (x.shape[1] / (x.shape[1] - 1))
+                    count = x.shape[1] * processes.parts()
+                    unbiased = cov * (count / (count - 1))
                     self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
                     self.running_covariance.lerp_(unbiased.to(self.running_covariance), self.momentum)
             w = whitening_matrix(cov, method=self.method, eps=self.eps).to(x)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "sdecor"
 # From the bottom upwards: a module may import those of lower lines only, and those before it on its own.
 LINES = """
-_torchvision _files _bits _code registers first_convolution graphs
+_torchvision _files _bits _code registers first_convolution graphs processes
 config
 whitening saliency shapes images models
 decorrelation masking sources plotting
