@@ -108,22 +108,22 @@ def training(folder: Path) -> dict[str, Tensor]:
     model = model.double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    seen, decode, kind = [], sdecor.images.decode_with_masks, type(images)
+    seen, decode, kind = [], sdecor.images._decode, type(images)
     normalize = kind._normalize
 
     def noted(paths: Sequence[str], *rest: Any, **how: Any) -> Any:
         seen.extend(int(Path(path).stem) for path in paths)
         return decode(paths, *rest, **how)
 
-    sdecor.images.decode_with_masks = noted
-    kind._normalize = lambda self, images: normalize(self, images).double()
+    sdecor.images._decode = noted
+    kind._normalize = lambda self, images, *layout: normalize(self, images, *layout).double()
     plan = Schedule(epochs=2, batch_size=8, lr=0.01, clip=1.0, augment=("flip",))
     history = fit(model, images, Objective(), plan, seed=5, validation=held_out)
     curves = {**history.terms, "accuracy": history.validation_accuracy}
     out = {name: torch.tensor(values, dtype=torch.float64) for name, values in curves.items()}
     with together():
         judged = evaluate(model, held_out, batch_size=2)  # the last batch of five has no part for one of them
-    sdecor.images.decode_with_masks, kind._normalize = decode, normalize
+    sdecor.images._decode, kind._normalize = decode, normalize
     judgement = torch.tensor([*judged.values()], dtype=torch.float64)
     return {**out, "decoded": torch.tensor(seen), "judgement": judgement, **model.state_dict()}
 
