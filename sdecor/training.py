@@ -162,12 +162,16 @@ def _of(model: nn.Module, train: ImageData | ImageStream) -> dict[str, str]:
     return {"images": train.digest, "networks": hashlib.sha256(repr(model).encode()).hexdigest()[:16]}
 
 
-def _checked(train: Any, objective: Any, plan: Any, device: str) -> tuple[Any, Objective, Schedule, torch.device]:
-    """What `fit` was given, if it is of these kinds; an objective may be the name of a method."""
+def _checked(
+    train: Any, objective: Any, plan: Any, device: str, compiled: bool
+) -> tuple[Any, Objective, Schedule, torch.device]:
+    """What `fit` was given, if it is of these kinds, and processes can share it; an objective may be named."""
     objective = Objective(objective) if isinstance(objective, str) else objective
     for name, value, kind in (("objective", objective, Objective), ("schedule", plan, Schedule)):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be of the class {kind.__name__}, got {type(value).__name__}")
+    if compiled and processes.number() > 1:
+        raise ValueError("a model cannot be compiled in several processes; start without torchrun, or do not compile")
     number, size = processes.number(), min(plan.batch_size, len(checked_set("train", train)))
     if size % number:
         which = "batch_size" if size == plan.batch_size else "the number of images, which is that of the only batch,"
@@ -310,10 +314,8 @@ def fit(
         OSError: If the checkpoint cannot be written; the one before it is then still there.
         FloatingPointError: If a loss term is not finite; names the term and the step.
     """
-    train, objective, plan, where = _checked(train, objective, schedule or Schedule(), device)
     model, compiled = uncompiled(model), compiled or model is not uncompiled(model)
-    if compiled and processes.number() > 1:
-        raise ValueError("a model cannot be compiled in several processes; start without torchrun, or do not compile")
+    train, objective, plan, where = _checked(train, objective, schedule or Schedule(), device, compiled)
     history = History({name: [] for name in (*objective.terms, "total")})
     data = train.to(where)
     steps = max(len(train) // plan.batch_size, 1)
@@ -342,9 +344,8 @@ def fit(
             sums = _Sums([*history.terms], epoch * steps, where.type == "cpu")
             with processes.together():
                 for x, y in data.batches(plan.batch_size, generator=order, layout=layout, **how):
-                    x, y = x.to(where, memory_format=layout), y.to(where)
                     rate(plan.rate(epoch * steps + sums.steps, plan.epochs * steps))
-                    sums.add(train_step(x, y))
+                    sums.add(train_step(x.to(where, memory_format=layout), y.to(where)))
                     bar.update()
                 sums.means_to(history.terms)
                 if validation is not None:

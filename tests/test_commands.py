@@ -18,7 +18,7 @@ from sdecor.store import Store
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = [p for p in sorted((ROOT / "book").rglob("*.md")) if "_static" not in p.parts]
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *BOOK, ROOT / "Snakefile", ROOT / "environment.yml"]
-PROGRAMS = "make sdecor python papermill snakemake pip conda jupyter-book git sbatch sh tar".split()
+PROGRAMS = "make sdecor python papermill snakemake pip conda jupyter-book git sbatch sh tar torchrun".split()
 COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(map(re.escape, PROGRAMS))}) .*|pytest|\.ci/run")
 TARGETS = re.findall(r"^([a-z]+):.*?## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -54,6 +54,8 @@ RUN = {
     "sh carry/run.sh": "test_bundle.py::test_it_runs_without_checkout_and_network",
     "snakemake": "test_snakefile.py::test_a_job_for_every_plan_and_worker_and_a_page_for_its_chapter",
     "snakemake --unlock": "test_snakefile.py::test_it_goes_on_after_a_kill",
+    "torchrun": "test_processes.py::test_a_grid_and_a_plan",
+    "torchrun --nproc-per-node 8 -m sdecor train": "test_processes.py::test_a_record_of_two_processes",
     "tar -xf carry.tar": "test_bundle.py::test_a_tar_file_has_the_same_files",
     "make chapters": "test_setup.py::test_targets_that_ci_leaves_alone",
     "make clean": "test_setup.py::test_targets_that_ci_leaves_alone",
@@ -70,7 +72,7 @@ def commands(text: str) -> list[tuple[str, bool]]:
     """Commands of a page, one a line of a block or in running text, and whether they stand in a block."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     running = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    lines = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"^#   (.*)$", running, re.MULTILINE)
     found = [(line, True) for line in lines] + [(code, False) for code in re.findall(r"`([^`\n]+)`", running)]
     parts = [(part.strip(), block) for line, block in found for part in line.split(" && ")]
@@ -131,7 +133,10 @@ def parse(command: click.Command, words: list[str], parent: click.Context | None
         parse(inner, [str(name), *rest], context)
 
 
-@pytest.mark.parametrize("command", [name for name in NAMED if name.startswith("sdecor ") and "COMMAND" not in name])
+OURS = [name for name in NAMED if re.match(r"(torchrun .* -m )?sdecor ", name) and "COMMAND" not in name]
+
+
+@pytest.mark.parametrize("command", OURS)
 def test_a_command_of_the_module_has_these_options(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -139,7 +144,7 @@ def test_a_command_of_the_module_has_these_options(
     for name in ("mine.py", "FILE.py"):
         (tmp_path / name).touch()
     try:
-        parse(app, shlex.split(command.removesuffix(" ...")))
+        parse(app, shlex.split(re.sub("^torchrun .* -m ", "", command.removesuffix(" ..."))))
     except click.exceptions.NoArgsIsHelpError:
         assert not NAMED[command]
     except click.UsageError as error:  # running text may name a command without what it needs

@@ -384,3 +384,12 @@ def test_a_grid_and_a_plan(tmp_path: Path) -> None:
     assert ways == [["cpu, 2 processes"]] * 5 and (tmp_path / "out" / "tiny-quick.tar").exists()
     [line] = said(sdecor("run", tmp_path / "tiny.toml", **given, seeds=3, budget=1))
     assert line.startswith("5 runs done, 4 to do, after ")
+
+
+def test_the_plan_of_the_recipe_can_be_read_and_tried(tmp_path: Path) -> None:
+    plan = Plan.read(Path(__file__).parent.parent / "book/back/imagenet1k.toml")
+    assert plan.presets.keys() == {"quick", "gpu"}
+    course = plan.at("quick")
+    planned.check(course, Store(tmp_path))
+    assert {claim.name for claim in course.claims} == {claim.name for claim in plan.claims}
+    assert [run.schedule.batch_size % 8 for run in plan.at("gpu").possible()["standard"]] == [0]
