@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sdecor.registers import REGISTERS
 
 jupytext = pytest.importorskip("jupytext", reason="needs the packages of the extra 'book'")
 
@@ -20,6 +23,16 @@ BOOK = Path(__file__).resolve().parents[1] / "book"
 MISTAKES = Path(__file__).parent / "exercises"
 CHAPTERS = [p for p in sorted(BOOK.rglob("*.md")) if p.read_text(encoding="utf-8").startswith("---\njupytext:")]
 FENCED = re.compile(r"^(`{3,}|~{3,})(?:python|\{code-block\} python)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def entered() -> Iterator[None]:
+    """Chapters enter penalties and terms of their own; what they entered is taken out again."""
+    before = {kind: list(register) for kind, register in REGISTERS.items()}
+    yield
+    for kind, register in REGISTERS.items():
+        for name in set(register) - set(before[kind]):
+            del register[name]
 
 
 def short(path: Path) -> str:

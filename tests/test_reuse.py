@@ -18,7 +18,7 @@ from torch import nn
 
 from sdecor.config import Run
 from sdecor.data import load
-from sdecor.evaluation import measure_again, tabulate
+from sdecor.evaluation import CONTROLS, measure_again, tabulate
 from sdecor.experiment import execute, grid, mixed
 from sdecor.measures.case import MEASURES, measure, table
 from sdecor.registers import ATTRIBUTIONS, METHODS, PENALTIES, use
@@ -521,7 +521,7 @@ def test_a_table_does_not_keep_rows_of_other_code_weights_or_draws(
         return table(cases, ["gini", "auroc"] if cases else None)
 
     monkeypatch.setattr("sdecor.evaluation.table", noted)
-    both, controls = ["gradient", "flat"], 5
+    both, controls = ["gradient", "flat"], len(CONTROLS)
 
     def again() -> list[str]:
         made.clear()
