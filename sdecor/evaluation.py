@@ -134,17 +134,30 @@ def measure(
         per_image["grid_pointing_game"].append(grid_pointing_game(model, data.subset(MOST), seed=seed))
     means = {name: float(torch.cat(parts).double().nanmean()) for name, parts in per_image.items()}
     if thorough and train is not None:
-        some, learned = data.subset(MOST), train.subset(MOST).to(device)
-        means |= object_scores(model, some, learned) if data.has_masks else {}
-        if tuning is not None:
-            scores, drawn = deletion_scores(model, train, some, tuning, seed=seed, device=str(device))
-            means |= scores
-            kept |= drawn
+        scores, drawn = _trained_scores(model, data.subset(MOST), train.to(device), tuning, seed, str(device))
+        means |= scores
+        kept |= drawn
     of = {f"{k}_{name}": float(function(s)) for name, s in statistics.items() for k, function in _FEATURES.items()}
     out = {**kept, **{name: torch.cat(parts).mean(0).tolist() for name, parts in curves.items()}}
     out["gradient_histogram"] = (histogram / histogram.sum().clamp_min(1)).tolist()
     defined = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     return defined | {name: value for name, value in of.items() if math.isfinite(value)}, out
+
+
+def _trained_scores(
+    model: nn.Module,
+    data: ImageData | ImageStream,
+    train: ImageData | ImageStream,
+    tuning: Schedule | None,
+    seed: int,
+    device: str,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """What takes training images too: boxes, object and background where masks are known, and deletion that is fair."""
+    scores = object_scores(model, data, train.subset(MOST)) if data.has_masks else {}
+    if tuning is None:
+        return scores, {}
+    of_deletion, drawn = deletion_scores(model, train, data, tuning, seed=seed, device=device)
+    return scores | of_deletion, drawn
 
 
 def _add_curves(

@@ -41,13 +41,14 @@ def localization_scores(
 
     Boxes are those of `sdecor.measures.boxes.box_fits`, at a threshold that is chosen on the images `train`.
     """
-    fits, _ = box_fits(overlaps(explain, data), overlaps(explain, train))
     found: dict[str, list[Tensor]] = defaultdict(list)
     for x, _, mask in _known(data, batch_size or data.pass_size):
         saliency = explain(x)
-        for measure in (relevance_mass, pointing_game, auroc):
+        for measure in (relevance_mass, pointing_game, auroc, box_overlap):
             found[measure.__name__].append(measure(saliency, mask))
-    return {**{name: torch.cat(parts) for name, parts in found.items()}, **fits}
+    scores = {name: torch.cat(parts) for name, parts in found.items()}
+    fits, _ = box_fits(scores["box_overlap"], overlaps(explain, train, batch_size=batch_size))
+    return {**scores, **fits}
 
 
 def background_reliance(
