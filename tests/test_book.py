@@ -110,6 +110,17 @@ def test_what_stands_in_running_text_is_told_apart() -> None:
     assert re.findall(r"`(\w)`", running(page)) == ["a", "d"]
 
 
+@pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
+def test_figures_are_kept_light(source: Path) -> None:
+    pytest.importorskip("papermill", reason="needs the packages of the extra 'book'")
+    from sdecor_book.execute import light
+
+    cells = json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = (o.get("data", {}).get("image/svg+xml") for c in cells for o in c.get("outputs", ()))
+    drawn = ["".join(svg) for svg in outputs if svg]
+    assert drawn == [light(svg) for svg in drawn]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
 def test_committed_outputs_are_what_the_records_give(source: Path, real_data: Path, tmp_path: Path) -> None:

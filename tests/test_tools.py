@@ -628,3 +628,32 @@ def test_every_chapter_of_this_book_has_its_run_time() -> None:
         table = csv.DictReader(f)
         assert tuple(row["chapter"] for row in table if all(row.values())) == execute.known()
         assert tuple(table.fieldnames or ()) == execute.COLUMNS
+
+
+def test_a_published_figure_is_lighter_and_looks_the_same() -> None:
+    from xml.etree import ElementTree
+
+    from matplotlib import pyplot as plt
+
+    figure, (ax, shown) = plt.subplots(1, 2)
+    ax.plot(torch.rand(300), torch.rand(300), label="a name with spaces")
+    ax.legend()
+    shown.imshow(torch.rand(64, 64))
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    heavy, light = buffer.getvalue(), execute.light(buffer.getvalue())
+    assert len(light) < 0.95 * len(heavy)
+    assert execute.light(light) == light
+    pairs = list(zip(*(ElementTree.fromstring(svg).iter() for svg in (heavy, light)), strict=True))
+    assert len(pairs) > 50
+    for a, b in pairs:
+        assert (a.tag, a.attrib.keys(), (a.text or "").split()) == (b.tag, b.attrib.keys(), (b.text or "").split())
+        for name, value in a.attrib.items():
+            if name != "d":
+                assert "".join(b.attrib[name].split()) == "".join(value.split())
+                continue
+            old, new = value.split(), b.attrib[name].split()
+            assert [w for w in new if w.isalpha()] == [w for w in old if w.isalpha()]
+            numbers = [[float(w) for w in words if not w.isalpha()] for words in (old, new)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.00501)
