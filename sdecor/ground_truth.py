@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdecor.images import ImageData, ImageStream
 from sdecor.measures.boxes import box_fits, box_overlap
 from sdecor.measures.localization import auroc, pointing_game, relevance_mass
+from sdecor.measures.sanity import controls
 from sdecor.measures.sharpness import gini
 from sdecor.saliency import logits_and_gradient, pixel_score
 
@@ -49,6 +50,17 @@ def localization_scores(
     scores = {name: torch.cat(parts) for name, parts in found.items()}
     fits, _ = box_fits(scores["box_overlap"], overlaps(explain, train, batch_size=batch_size))
     return {**scores, **fits}
+
+
+def control_scores(
+    data: ImageData | ImageStream, train: ImageData | ImageStream, *, batch_size: int | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """The `localization_scores` of maps that know no network: `sdecor.measures.sanity.controls`, by name."""
+    names = controls(next(data.subset(1).batches(1))[0])
+    return {
+        name: localization_scores(lambda x, name=name: controls(x)[name], data, train, batch_size=batch_size)
+        for name in names
+    }
 
 
 def background_reliance(

@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from sdecor.registers import METHODS, REGISTERS, Entry
@@ -101,6 +102,12 @@ def gradient_gallery(images: Any, scores: Mapping[str, Any], *, fraction: float 
                 if row == 1:
                     axes[row, 2 * i + j].set_title(f"top {fraction:.0%}" if j == 0 else "all", fontsize="small")
     return figure
+
+
+def frames(ax: Axes, boxes: Any, colour: str, width: float = 2) -> None:
+    """Draw boxes (K, 4) of x0, y0, x1, y1 in pixels, the last two outside, over an image that ``ax.imshow`` shows."""
+    for x0, y0, x1, y1 in (torch.as_tensor(boxes) - 0.5).tolist():  # the first pixel is drawn around 0
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width))
 
 
 def bands(ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], **line: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdecor.data import load
 from sdecor.evaluation import measure
-from sdecor.ground_truth import background_reliance, localization_scores, object_scores, overlaps
+from sdecor.ground_truth import background_reliance, control_scores, localization_scores, object_scores, overlaps
 from sdecor.images import ImageData
 from sdecor.measures.boxes import THRESHOLDS
 from sdecor.measures.sanity import controls
@@ -62,6 +62,13 @@ def test_boxes_of_a_network_and_of_controls() -> None:
         "max_box_accuracy": 1,
     }
     assert all(values.shape == (40,) for values in constant.values())
+    known = control_scores(data, data.subset(10))
+    assert known.keys() == controls(torch.rand(1, 1, 8, 8)).keys()
+    assert {name: values.tolist() for name, values in known["constant"].items()} == {
+        name: values.tolist() for name, values in constant.items()
+    }
+    spot = localization_scores(lambda x: controls(x)["centre spot"], data, data.subset(10))
+    assert known["centre spot"]["relevance_mass"].tolist() == spot["relevance_mass"].tolist()
     assert overlaps(lambda x: controls(x)["noise"], data, batch_size=9).shape == (40, len(THRESHOLDS))
 
 

@@ -106,7 +106,7 @@ def test_the_palette_has_distinct_colours_and_the_faint_one_last() -> None:
 def test_top_share_keeps_the_largest(height: int, width: int, fraction: float) -> None:
     score = torch.rand(3, height, width)
     kept = plotting.top_share(score, fraction)
-    count = round(fraction * height * width)
+    count = round(fraction * (height * width))
     assert ((kept > 0).flatten(1).sum(1) == count).all()
     expected = score.flatten(1).sort(descending=True).values[:, :count].sum(1)
     torch.testing.assert_close(kept.flatten(1).sum(1), expected)
@@ -124,6 +124,16 @@ def test_bands_draw_mean_and_spread() -> None:
     with pytest.raises(ValueError, match="unknown method 'nothing'; known: standard, "):
         plotting.bands(ax, [0, 1], {"nothing": [[0.0, 1.0]]})
     plotting.plt.close(figure)
+
+
+def test_frames_surround_their_pixels() -> None:
+    _, ax = plotting.plt.subplots()
+    plotting.frames(ax, [[0, 1, 3, 2]], "red")
+    (box,) = ax.patches
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (-0.5, 0.5, 3, 1)
+    plotting.frames(ax, torch.zeros(0, 4), "red")
+    assert len(ax.patches) == 1
+    plotting.plt.close()
 
 
 def test_gallery_has_a_row_a_method_and_two_maps_an_image() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maps import BAD_MAPS, close, maps, one_hot, quantus_scores, scenes, seeded
 from torch import Tensor
 
-from sdecor.measures.sharpness import effective_support, entropy, gini, top_mass, total_variation
+from sdecor.measures.sharpness import effective_support, entropy, gini, sublattice_gini, top_mass, total_variation
 
 SHARPNESS: dict[str, Callable[[Tensor], Tensor]] = {
     "gini": gini,
@@ -204,3 +204,24 @@ def test_what_is_no_tensor(measure: Callable[..., Tensor], value: object) -> Non
         measure(value)
     words = f"saliency must be a tensor, got {type(value).__name__}; pass torch.as_tensor(saliency)"
     assert str(error.value) == words
+
+
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_a_pattern_of_its_period_does_not_enter_the_sublattice_gini(period: int) -> None:
+    picture = torch.rand(4, 5, 7, generator=seeded(0), dtype=torch.float64)
+    pattern = torch.rand(period, period, generator=seeded(1), dtype=torch.float64) + 0.01
+    seen = torch.kron(picture, pattern)  # every pixel of the picture becomes a block, of the same look everywhere
+    close(sublattice_gini(seen, period=period), gini(picture))
+    assert period == 1 or (gini(seen) > gini(picture) + 0.05).all()
+    longer = torch.kron(picture, torch.ones(2 * period, 2 * period))  # what has another period stays
+    close(sublattice_gini(longer, period=period), gini(picture))
+    close(sublattice_gini(seen * 7, period=period, chunk=2), sublattice_gini(seen, period=period))
+
+
+def test_sublattices_without_pixels_or_without_any_value() -> None:
+    one = one_hot(4, 4, 1, 1)[:1]
+    assert sublattice_gini(one).isnan().all()  # three of the four hold nothing
+    for period in (0, 5):
+        with pytest.raises(ValueError) as caught:
+            sublattice_gini(one, period=period)
+        assert str(caught.value) == f"period must be from 1 to 4, got {period}"

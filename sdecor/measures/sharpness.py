@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdecor.measures._checks import INSIDE, by_chunks, non_negative, shares
 from sdecor.measures.case import measure
+from sdecor.registers import Between
 
 
 @measure("Gini", better="higher", low=0, high=1)
@@ -91,6 +92,19 @@ def total_variation(saliency: Tensor, *, chunk: int | None = None) -> Tensor:
         return (total / 4).clamp(max=1)
 
     return _of_shares(roughness, saliency, chunk)
+
+
+def sublattice_gini(saliency: Tensor, *, period: int = 2, chunk: int | None = None) -> Tensor:
+    """Mean Gini index of the sublattices: the pixels whose row and column leave the same remainders modulo `period`.
+
+    A pattern of that period, such as a network of that stride gives its gradients whatever the picture shows (Odena,
+    Dumoulin and Olah 2016, doi:10.23915/distill.00003), raises `gini` and does not enter here. Patterns of a longer
+    period do. NaN where a sublattice is all zeros. The `period` is 1 or larger, at most the shorter side.
+    """
+    non_negative(saliency)
+    Between(1, min(saliency.shape[1:])).check("period", period)
+    rows = [saliency[:, row::period] for row in range(period)]
+    return torch.stack([gini(r[..., column::period], chunk=chunk) for r in rows for column in range(period)]).mean(0)
 
 
 def _of_shares(score: Callable[[Tensor], Tensor], saliency: Tensor, chunk: int | None) -> Tensor:
