@@ -37,7 +37,7 @@ def test_exact_count_and_nothing_lower_is_left_whatever_the_ties(
     kept, mask = score.clone(), lowest(score, fraction)
     assert mask.dtype == torch.bool
     assert mask.shape == score.shape
-    assert mask.flatten(1).sum(1).tolist() == [round(fraction * h * w)] * b
+    assert mask.flatten(1).sum(1).tolist() == [round(fraction * (h * w))] * b
     for m, s in zip(mask, score, strict=True):
         if m.any() and not m.all():
             assert s[m].max() <= s[~m].min()
