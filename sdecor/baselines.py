@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from sdecor.masking import cells
 from sdecor.models import averaged, channels_first, default_layers, layer
 from sdecor.objective import Step, capture, classification, consistency, decorrelation, frozen_statistics, term
 from sdecor.processes import drawn, least
@@ -103,21 +104,26 @@ def whitened_classification(
 def deleted_classification(step: Step) -> Tensor:
     """Cross-entropy on images of which random square patches are deleted: they become 0, the mean colour.
 
-    A grid of at most 8 x 8 patches lies over the image; each is deleted with a probability that is drawn for every
-    image, uniform in [0, 1] (ours; one half in Singh and Lee 2017). Batch norm averages over these images, since there
-    is no other pass.
+    The patches are those of `patch_grid`; each is deleted with a probability that is drawn for every image, uniform in
+    [0, 1] (ours; one half in Singh and Lee 2017). Batch norm averages over these images, since there is no other pass.
     """
-    x, side = step.images, patch_side(step.images)
+    x, grid = step.images, patch_grid(step.images)
     device = x.device if step.generator is None else step.generator.device
-    size = (len(x), x.shape[2] // side, x.shape[3] // side)
-    share, draw = (drawn(torch.rand, s, generator=step.generator, device=device) for s in ((len(x), 1, 1), size))
-    holes = (draw < share).to(x.device).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    sizes = ((len(x), 1, 1), (len(x), grid, grid))
+    share, draw = (drawn(torch.rand, size, generator=step.generator, device=device) for size in sizes)
+    rows, columns = (cells(pixels, grid, x.device) for pixels in x.shape[2:])
+    holes = (draw < share).to(x.device)[:, rows][:, :, columns]
     return cross_entropy(full_precision(logits_of(step.model, x.masked_fill(holes[:, None], 0))), step.target)
 
 
-def patch_side(images: Tensor) -> int:
-    """Side in pixels of the patches of the finest grid, of at most 8 x 8, that divides images (B, C, H, W)."""
-    return next(images.shape[2] // n for n in range(8, 0, -1) if images.shape[2] % n == images.shape[3] % n == 0)
+def patch_grid(images: Tensor) -> int:
+    """How many patches lie along each side of images (B, C, H, W): most of 8 to 4 that divides it, else 8, uneven ones.
+
+    Images of fewer than 8 pixels have a patch for each.
+    """
+    height, width = images.shape[2:]
+    even = (n for n in range(8, 3, -1) if height % n == width % n == 0)
+    return min(next(even, 8), height, width)
 
 
 def with_whitening(model: nn.Module, images: Tensor) -> nn.Module:
@@ -183,7 +189,7 @@ __all__ = [
     "attacked",
     "deleted_classification",
     "gradient_penalty",
-    "patch_side",
+    "patch_grid",
     "whitened_classification",
     "with_whitening",
 ]

@@ -457,6 +457,11 @@ def _from_files(
         log.warning("nothing says where the object is of %s; measures of localization leave them out", which)
     streamed = stream and len(paths) * 3 * size**2 > stream[0]
     images, masks = (torch.empty(0), None) if streamed else read(paths, size, objects=objects)
+    if masks is not None and objects is not None:
+        gone = [file for file, mask in zip(below, masks, strict=True) if file in objects and not mask.any()]
+        if gone:
+            which = f"{len(gone)} of {len(below)} {split} images, such as {gone[0]}"
+            log.warning("the objects of %s are cut off, or too small; measures of localization leave them out", which)
     if small:
         first = f"{min(small)}, whose short side is {small[min(small)]},"
         log.warning("%s is enlarged more than eightfold to %d pixels, as are %d others", first, size, len(small) - 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdecor.baselines import patch_side
+from sdecor.baselines import patch_grid
 from sdecor.config import Objective, Schedule
 from sdecor.images import ImageData, ImageStream
 from sdecor.measures.faithfulness import ORDERS, STEPS, area_between, perturbation_curve
@@ -53,7 +53,7 @@ def deletion_curves(
     generator = torch.Generator().manual_seed(seed)
     for x, y in data.batches(batch_size or data.pass_size):
         maps.append(pixel_score(logits_and_gradient(model, x)[1]))
-        how: dict[str, Any] = {"fill": "constant", "output": "correct", "patch": patch_side(x), "generator": generator}
+        how: dict[str, Any] = {"fill": "constant", "output": "correct", "grid": patch_grid(x), "generator": generator}
         for order, parts in curves.items():
             parts.append(perturbation_curve(model, x, y, maps[-1], order=order, own_order=True, **how))
     return {order: torch.cat(parts) for order, parts in curves.items()}, torch.cat(maps)

@@ -95,7 +95,7 @@ def measure(
     `FRACTIONS` masked, by fill and order, and the histogram of gradient values. Networks that average over positions,
     and so take images of any size, play the `grid_pointing_game` too. With images `train`, there are also the
     `sdecor.ground_truth.object_scores`, where masks are known, and, if there is a schedule of `tuning`, the
-    `sdecor.deletion.deletion_scores`; both look at `MOST` images of each kind at most.
+    `sdecor.deletion.deletion_scores`; both look at `MOST` images at most, and training for the latter takes all.
     """
     of_map = [name for name in MEASURES if set(needs(name)) <= {"mask"}]
     rest = [name for name in (MEASURES[name].name for name in metrics) if thorough and name not in of_map]
@@ -153,7 +153,7 @@ def _trained_scores(
     device: str,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """What takes training images too: boxes, object and background where masks are known, and deletion that is fair."""
-    scores = object_scores(model, data, train.subset(MOST)) if data.has_masks else {}
+    scores = object_scores(model, data, train.with_objects.subset(MOST)) if data.has_masks else {}
     if tuning is None:
         return scores, {}
     of_deletion, drawn = deletion_scores(model, train, data, tuning, seed=seed, device=device)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -32,8 +32,16 @@ from sdecor.config import AUGMENTATIONS
 from sdecor.processes import drawn, mine
 from sdecor.registers import DATASETS, Between, OneOf
 
-#: Pixels of the objects of an image file, by its path, its width and height, and the side of the square it becomes.
-Marks = Callable[[str, int, int, int], np.ndarray]
+
+class Marks(Protocol):
+    """Where the objects of image files lie, as far as that is known: see `sdecor.objects.Objects`."""
+
+    def __contains__(self, file: str) -> bool: ...
+
+    def __call__(self, path: str, width: int, height: int, side: int) -> np.ndarray:
+        """Pixels of the objects of an image file of that width and height, in the square of that side it becomes."""
+
+
 _CPU = torch.device("cpu")
 _TASK = 16  # images that a thread decodes at once
 _PIECE = 1 << 22  # bytes of decoded images that a process hands over at once
@@ -125,6 +133,11 @@ class _Images(ABC):
     def has_masks(self) -> bool:
         """Whether `batches_with_masks` gives masks."""
 
+    @property
+    @abstractmethod
+    def with_objects(self) -> Self:
+        """The images whose object is known."""
+
     @abstractmethod
     def _at(self, index: Tensor) -> Self:
         """The images at these indices, from 0 on, on the CPU."""
@@ -155,6 +168,7 @@ class _Images(ABC):
             Between(0).check("the number of images", which)
             which = permutation(len(self))[:which].sort().values
         index = torch.as_tensor(which).cpu()
+        index = index if len(index) else index.long()  # of an empty list torch makes floats
         return self._at(torch.arange(len(self))[index])
 
     @property
@@ -332,6 +346,12 @@ class ImageData(_Images):
         return self.object_masks is not None
 
     @property
+    def with_objects(self) -> Self:
+        """The images whose mask is not empty; none if there are no masks."""
+        masks = self.object_masks
+        return self.subset([] if masks is None else masks.flatten(1).any(1).nonzero()[:, 0])
+
+    @property
     def image_size(self) -> int:
         """Height, equal to the width, in pixels."""
         return self.images.shape[-1]
@@ -394,6 +414,22 @@ def side_of(path: str) -> int:
         return min(image.size)
 
 
+def upright_size(path: str, *, whole: bool = False) -> tuple[int, int]:
+    """Width and height of an image file, turned as its EXIF orientation says.
+
+    They are read from its head, where an orientation that stands behind the pixels is not seen, or from the `whole`.
+    """
+    with _opened(path) as image:
+        if whole:
+            return _colours(image).size
+        return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else (image.width, image.height)
+
+
+def _orientation(image: Image.Image) -> int:
+    turned: int = image.getexif().get(ExifTags.Base.Orientation, 1) if image.info.keys() & _TURNED else 1
+    return turned
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits divided by 257 and rounded, with the alpha that a transparent value means."""
     values = np.asarray(image).astype(np.uint32)
@@ -434,7 +470,7 @@ def _colours(image: ImageFile) -> Image.Image:
         image.info["transparency"] = min(image.info["transparency"] * _SCALES[stored], 255)
     image.load()
     # read after the pixels, as it may lie behind them; of a TIFF, Pillow has turned it
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) if image.info.keys() & _TURNED else 1
+    turned = _orientation(image)
     plain: Image.Image = _eight_bits(image) if wide else image
     if transparent:
         plain = plain.convert("RGBA")
@@ -556,6 +592,13 @@ class ImageStream(_Images):
     def has_masks(self) -> bool:
         """Whether the folder says where objects lie."""
         return self.objects is not None
+
+    @property
+    def with_objects(self) -> Self:
+        """The images of which the folder says where the object lies."""
+        return self.subset(
+            [i for i, path in enumerate(self.paths) if self.objects is not None and path in self.objects]
+        )
 
     def to(self, device: str | torch.device) -> ImageStream:
         """The same data, batches put on `device`."""

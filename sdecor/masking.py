@@ -45,6 +45,11 @@ def lowest(score: Tensor, fraction: float) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, True).view_as(score)
 
 
+def cells(pixels: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which of `count` stretches, as even as can be, each of so many pixels in a row lies in, ``(pixels,)`` from 0."""
+    return torch.arange(pixels, device=device) * count // pixels
+
+
 def replacement(
     x: Tensor, kind: str = "uniform", *, value: float = 0.0, common: bool = False, generator: Generator | None = None
 ) -> Tensor:

@@ -9,11 +9,13 @@ which holds 0 outside of the objects and one other value inside. Images without 
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,10 @@ from PIL import Image
 from torchvision.transforms import functional as pil
 
 from sdecor._files import files_below, is_image
+from sdecor.images import upright_size
 from sdecor.measures.localization import box_masks
 
+log = logging.getLogger("sdecor")
 BOXES, MASKS = "boxes.csv", "masks"
 COLUMNS = ("file", "x0", "y0", "x1", "y1")
 Box = tuple[int, int, int, int]
@@ -81,16 +85,37 @@ class Objects:
             raise ValueError(f"{self._line(line)}: box {x0}, {y0}, {x1}, {y1} lies outside of {file}, which has {size}")
         return x0, y0, x1 + 1, y1 + 1
 
-    def _drawn(self, file: str, width: int, height: int, side: int) -> np.ndarray:
+    def _opened(self, file: str, width: int, height: int, whole: bool = True) -> tuple[str, Image.Image]:
+        """The mask of an image of that size, and its name."""
         name = os.path.join(self.root, self._masks[file])
         try:
             with Image.open(name) as image:
-                image.load()
+                if whole:
+                    image.load()
         except Exception as error:  # a damaged file makes Pillow raise nearly everything
             raise ValueError(f"cannot read mask {name} ({type(error).__name__}); remove or replace it") from error
         if image.size != (width, height):
             size = f"{image.width} x {image.height} pixels, its image {file} has {width} x {height}"
             raise ValueError(f"mask {name} has {size}; both must have one size")
+        return name, image
+
+    def check(self) -> None:
+        """Raise ValueError for a box outside of its image, and for a mask of another size; it reads heads of files."""
+        for file in self._boxes | self._masks:
+            path = os.path.join(self.root, file)
+            try:
+                self._fit(file, *upright_size(path))
+            except ValueError:
+                self._fit(file, *upright_size(path, whole=True))
+
+    def _fit(self, file: str, width: int, height: int) -> None:
+        for line, box in self._boxes.get(file, ()):
+            self._edges(file, line, box, width, height)
+        if file in self._masks:
+            self._opened(file, width, height, whole=False)
+
+    def _drawn(self, file: str, width: int, height: int, side: int) -> np.ndarray:
+        name, image = self._opened(file, width, height)
         if len(image.getbands()) > 1:
             raise ValueError(f"mask {name} has {len(image.getbands())} channels; save it as grey, 0 outside of objects")
         values = np.asarray(image)
@@ -107,14 +132,29 @@ class Objects:
 def read_objects(root: Path, files: Collection[str]) -> Objects | None:
     """What the folder `root` says of objects in `files`, paths relative to it; None if it says nothing.
 
-    ValueError, with the line, for rows that are no box, and for boxes or masks of images that are not among `files`.
+    ValueError, with the line, for rows that are no box, for boxes outside of their image and masks of another size, for
+    boxes or masks of images that are not among `files`, and where there are none at all.
     """
     boxes, masks = (root / BOXES).is_file(), (root / MASKS).is_dir()
     if boxes and masks:
         raise ValueError(f"{root} has both {BOXES} and {MASKS}; keep the one that is to count")
-    if boxes:
-        return Objects(str(root), boxes=_rows(root / BOXES, set(files)))
-    return Objects(str(root), masks=_mirrored(root, files)) if masks else None
+    if not boxes and not masks:
+        for entry in root.glob("*.[cC][sS][vV]"):
+            if "box" in entry.name.lower():
+                log.warning("%s is not read: boxes have to be in a file of the name %s", entry, BOXES)
+        return None
+    parts: dict[str, Any] = {"boxes": _rows(root / BOXES, set(files))} if boxes else {"masks": _mirrored(root, files)}
+    found = Objects(str(root), **parts)
+    if not any(parts.values()):
+        raise ValueError(f"{root / BOXES} has no boxes" if boxes else f"{root / MASKS} holds no masks")
+    _check(found)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _check(objects: Objects) -> None:
+    """`Objects.check`, once for what several splits and runs of this process share."""
+    objects.check()
 
 
 def _rows(path: Path, files: set[str]) -> tuple[tuple[str, int, Box], ...]:
@@ -157,10 +197,14 @@ def _mirrored(root: Path, files: Collection[str]) -> tuple[tuple[str, str, int],
     for entry in files_below(root / MASKS):
         if not is_image(entry.path):
             raise ValueError(f"{entry.path} is no mask; {MASKS} holds image files alone")
-        below = os.path.relpath(entry.path, root / MASKS)
-        named = [file for file in stems.get(os.path.splitext(below)[0], ()) if file not in out]
+        stem = os.path.splitext(os.path.relpath(entry.path, root / MASKS))[0]
+        named = stems.get(stem, [])
         if len(named) != 1:
-            what = "is one of two masks of" if below in out else "mirrors no image, or more than one, such as"
-            raise ValueError(f"{entry.path} {what} {root / below}")
+            what = (
+                f"{len(named)} images, {' and '.join(named)}" if named else f"no image: there is no {stem}.* in {root}"
+            )
+            raise ValueError(f"{entry.path} mirrors {what}")
+        if named[0] in out:
+            raise ValueError(f"{entry.path} is one of two masks of {root / named[0]}")
         out[named[0]] = (named[0], os.path.relpath(entry.path, root), entry.stat().st_mtime_ns)
     return tuple(out.values())

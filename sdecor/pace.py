@@ -48,11 +48,12 @@ class Pace:
     def __str__(self) -> str:
         """One line for each number, the slower of the two, and how long training takes."""
         run, epochs = self.run, self.run.schedule.epochs
-        fewer = f", in batches of {self.batch} in place of {run.schedule.batch_size}"
+        whole = min(run.schedule.batch_size, self.images)
+        fewer = f", in batches of {self.batch} in place of {whole}"
         lines = [
             f"reading   {self.reading:10,.0f} images a second, {self.source}",
             f"step      {self.step:10,.0f} images a second, {run.method} with {run.model.name}, on images at hand",
-            f"together  {self.together:10,.0f} images a second{fewer if self.batch < run.schedule.batch_size else ''}",
+            f"together  {self.together:10,.0f} images a second{fewer if self.batch < whole else ''}",
         ]
         if self.memory:
             lines.append(f"memory    {self.memory / _GIGABYTE:10.2f} GB at most, of this process and those that decode")
@@ -61,8 +62,8 @@ class Pace:
         slow, fast = ("reading", "the step") if self.reading < self.step else ("the step", "reading")
         ratio = max(self.reading, self.step) / min(self.reading, self.step)
         lines.append(f"{slow} is the slower of the two: {fast} alone is {ratio:.1f} times as fast")
-        whole = f"{epochs} epochs {_said(epochs * self.epoch)}, without what is measured afterwards"
-        lines.append(f"an epoch of {self.images:,} images takes about {_said(self.epoch)}, {whole}")
+        training = f"{epochs} epochs {_said(epochs * self.epoch)}, without what is measured afterwards"
+        lines.append(f"an epoch of {self.images:,} images takes about {_said(self.epoch)}, {training}")
         if run.data.removed:
             lines.append("left out: finding the pixels to remove")
         return "\n".join(lines)

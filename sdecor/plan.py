@@ -43,8 +43,12 @@ Table = Mapping[str, Any]
 RULES = ("strongest", "most accurate")
 DIRECTIONS = ("higher", "lower", "equal")
 OF_LAYERS = ("correlation", "effective_rank", "participation_ratio", "condition_number")
-OF_OBJECTS = ("box_accuracy", "max_box_accuracy", "object_only_accuracy", "background_only_accuracy")
-OF_DELETION = ("deletion_area", "fair_deletion_area")
+OF_OBJECTS = ("box_accuracy", "max_box_accuracy", "box_overlap") + tuple(
+    f"{part}_only_{name}" for part in ("object", "background") for name in ("accuracy", "gini", "relevance_mass")
+)
+OF_DELETION = ("deletion_area", "fair_deletion_area") + tuple(
+    f"tuned_{name}" for name in ("accuracy", "gini", "similarity", "relevance_mass")
+)
 _FLAT = {n: o for n, o in flat_options().items() if n not in ("method", "seed", "evaluate_on", "fingerprint", "code")}
 _ARM = ("method", "label", "try", "rule", "from", "length", "seeds", "later")
 _CHOICE = {"seed": Annotated[int, Between(0)], "price": Annotated[float, Between(0, 1)], "rates": Any}

@@ -115,12 +115,13 @@ def _check_claims(course: Course, arm: str, run: Run, shape: Mapping[str, int]) 
             raise ValueError(f"{what}: grid_pointing_game needs networks with an {need}, not '{run.model.name}'")
         elif claim.measure in OF_DELETION and not run.tuning_epochs:
             raise ValueError(f"{what}: {claim.measure} needs tuning_epochs, and there are none")
-        elif _of_masks(claim.measure) and not shape["masks"]:
+        if _of_masks(claim.measure) and not shape["masks"]:
             raise ValueError(f"{what}: {claim.measure} needs masks of objects, and '{run.data.name}' has none")
 
 
 def _of_masks(measure: str) -> bool:
-    return measure in OF_OBJECTS or (measure in MEASURES and "mask" in needs(measure))
+    of = measure.removeprefix("tuned_")
+    return measure in OF_OBJECTS or (of in MEASURES and "mask" in needs(of))
 
 
 class Prices:
@@ -151,17 +152,22 @@ class Prices:
             return
         self._times.setdefault((run.method, *self._size(run)), []).append(trained / run.schedule.epochs)
         if total >= trained:  # else it was begun in another session
-            self._times.setdefault((run.thorough, *self._size(run)), []).append(total - trained)
+            self._times.setdefault(self._kind(run), []).append(total - trained)
 
     @staticmethod
     def _size(run: Run) -> tuple[Any, ...]:
         return run.data, run.model, run.schedule.batch_size
 
+    def _kind(self, run: Run) -> tuple[Any, ...]:
+        """What the time beside training depends on."""
+        return run.thorough, run.tuning_epochs, run.curve_images, *self._size(run)
+
     def seconds(self, run: Run) -> float:
         """How long a run takes, without the epochs that are behind it."""
-        method, kind = (run.method, *self._size(run)), (run.thorough, *self._size(run))
+        method, kind = (run.method, *self._size(run)), self._kind(run)
         epoch = statistics.median(self._times[method]) if method in self._times else self._guess(run)
-        rest = statistics.median(self._times[kind]) if kind in self._times else (6 if run.thorough else 1) * epoch
+        guess = 6 + run.tuning_epochs if run.thorough else 1
+        rest = statistics.median(self._times[kind]) if kind in self._times else guess * epoch
         return (run.schedule.epochs - self._done(self.store.checkpoint(run))) * epoch + rest
 
     def _done(self, checkpoint: Path) -> int:

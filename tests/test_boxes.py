@@ -85,7 +85,34 @@ def test_the_threshold_is_chosen_on_training_images() -> None:
         assert found[name].tolist() == pytest.approx(wanted, nan_ok=True)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16])
+def test_maps_of_every_kind_have_the_boxes_of_double_precision(kind: torch.dtype) -> None:
+    maps = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 5).to(kind)
+    assert torch.equal(map_boxes(maps, [0.2, 0.8]), map_boxes(maps.double(), [0.2, 0.8]))
+
+
+def test_without_training_overlaps_there_is_no_threshold() -> None:
+    known, nothing = torch.rand(4, 19, dtype=torch.float64), torch.full((2, 19), math.nan)
+    for train in (nothing, nothing[:0]):
+        fits, threshold = box_fits(known, train)
+        assert math.isnan(threshold) and fits["box_accuracy"].isnan().all() and fits["box_overlap"].isnan().all()
+        assert not fits["max_box_accuracy"].isnan().any()
+
+
+def test_objects_that_touch_at_a_corner_have_one_box() -> None:
+    mask = torch.zeros(1, 6, 6, dtype=torch.bool)
+    mask[0, :3, :3] = mask[0, 3:, 3:] = True
+    assert mask_boxes(mask)[0].tolist() == [[0, 0, 6, 6]]
+
+
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"^thresholds must be finite and greater than 0, got 0\.0$"):
+        map_boxes(torch.ones(1, 2, 2), [0.0])
+    for blur in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="^blur must be finite and at least 0, got"):
+            map_boxes(torch.ones(1, 2, 2), blur=blur)
+    with pytest.raises(ValueError, match=r"^train must have shape \(N, 19\), as there are thresholds, got \(4, 3\)$"):
+        box_fits(torch.rand(2, 19), torch.rand(4, 3))
     with pytest.raises(ValueError, match=r"^thresholds must be from 0 to 1, got 1\.5$"):
         map_boxes(torch.ones(1, 2, 2), [1.5])
     with pytest.raises(ValueError, match="^saliency must be non-negative"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdecor.baselines import deleted_classification, patch_side
+from sdecor.baselines import deleted_classification, patch_grid
 from sdecor.config import Run, Schedule
 from sdecor.data import load
 from sdecor.deletion import deletion_curves, deletion_scores, tuned
@@ -33,10 +33,21 @@ def corners(count: int = 50) -> ImageData:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "side"), [(64, 64, 8), (28, 28, 4), (32, 48, 4), (96, 96, 12), (7, 7, 1), (13, 13, 13)]
+    ("height", "width", "count"),
+    [(64, 64, 8), (28, 28, 7), (32, 48, 8), (30, 30, 6), (31, 31, 8), (62, 62, 8), (7, 5, 5)],
 )
-def test_patches_divide_the_image(height: int, width: int, side: int) -> None:
-    assert patch_side(torch.zeros(1, 1, height, width)) == side
+def test_patches_divide_the_image_or_nearly_so(height: int, width: int, count: int) -> None:
+    assert patch_grid(torch.zeros(1, 1, height, width)) == count
+
+
+@pytest.mark.parametrize("side", [30, 31, 32])
+def test_no_side_makes_one_patch_of_an_image(side: int) -> None:
+    """With 31 pixels, which nothing divides, the area was 0: the one patch was the whole image."""
+    labels = torch.arange(40) % 2
+    images = torch.zeros(40, 1, side, side, dtype=torch.uint8)
+    images[:, :, :2, :2] = (labels * 255).to(torch.uint8)[:, None, None, None]
+    curves, _ = deletion_curves(Corner(), ImageData.from_tensors(images, labels))
+    assert curves["least"].mean(0)[:-1].eq(1).all() and curves["most"].mean(0)[1:].eq(0.5).all()
 
 
 def test_the_curves_find_the_one_patch_that_counts() -> None:

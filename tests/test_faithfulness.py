@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from maps import close, seeded
 from torch import Tensor, nn
 
-from sdecor.masking import impute
+from sdecor.masking import cells, impute
 from sdecor.measures import faithfulness
 from sdecor.measures.faithfulness import (
     SHARES,
@@ -377,16 +377,18 @@ def test_what_fills(trained: Any) -> None:
         ({"fill": torch.ones(3, 8, 8)}, "fill has shape (3, 8, 8), images (9, 2, 8, 8); it must broadcast to that"),
         ({"patch": 3}, "patch=3 does not divide images of 8 x 8 pixels"),
         ({"patch": 0}, "patch=0 does not divide images of 8 x 8 pixels"),
+        ({"grid": 0}, "grid must be from 1 to 8, got 0"),
+        ({"grid": 9}, "grid must be from 1 to 8, got 9"),
     ],
 )
 def test_bad_curves(changes: dict[str, Any], message: str, trained: Any) -> None:
     arguments = dict(zip(("images", "target", "attribution"), trained[1:], strict=True)) | changes
     functions = [perturbation_curve]
-    if not {"fractions", "order", "patch", "output"} & changes.keys():
+    if not {"fractions", "order", "patch", "grid", "output"} & changes.keys():
         functions.append(faithfulness.faithfulness)
-    if not {"fractions", "order", "patch"} & changes.keys():
+    if not {"fractions", "order", "patch", "grid"} & changes.keys():
         functions.append(faithfulness_correlation)
-    if not {"fractions", "order", "patch", "output", "fill", "attribution"} & changes.keys():
+    if not {"fractions", "order", "patch", "grid", "output", "fill", "attribution"} & changes.keys():
         functions.append(infidelity)
     maps = [arguments.pop(name) for name in ("images", "target", "attribution")]
     for function in functions:
@@ -449,3 +451,31 @@ def test_curves_in_every_precision(fill: Any, dtype: torch.dtype, trained: Any) 
     half = model.to(dtype)
     rounded = perturbation_curve(half, images.to(dtype), target, attribution, fill=fill, generator=seeded())
     close(rounded, full, 0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_patches_of_an_uneven_grid_are_replaced_as_wholes(case: Any) -> None:
+    model, images, target, attribution = case  # of 8 x 8 pixels
+    even = [
+        perturbation_curve(model, images, target, attribution, fill="constant", **how)
+        for how in ({"patch": 2}, {"grid": 4})
+    ]
+    close(*even)
+    # three stretches of 8 pixels: 0 to 2, 3 to 5, 6 and 7
+    rows = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    assert torch.equal(cells(8, 3), rows)
+    means = torch.stack(
+        [attribution[:, rows == i][:, :, rows == j].mean((1, 2)) for i in range(3) for j in range(3)], 1
+    )
+    for b, place in enumerate(means.argmax(1).tolist()):
+        gone = images[b : b + 1].clone()
+        gone[..., (rows == place // 3).nonzero(), (rows == place % 3).nonzero().T] = 0
+        found = perturbation_curve(
+            model,
+            images[b : b + 1],
+            target[b : b + 1],
+            attribution[b : b + 1],
+            fill="constant",
+            fractions=[1 / 9],
+            grid=3,
+        )
+        close(found[0], model(gone).double().softmax(1)[0, target[b]][None], 1e-6)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +73,31 @@ def test_boxes_of_a_network_and_of_controls() -> None:
     spot = localization_scores(lambda x: controls(x)["centre spot"], data, data.subset(10))
     assert known["centre spot"]["relevance_mass"].tolist() == spot["relevance_mass"].tolist()
     assert overlaps(lambda x: controls(x)["noise"], data, batch_size=9).shape == (40, len(THRESHOLDS))
+
+
+def test_images_whose_object_is_not_known_are_left_out() -> None:
+    data = halves()
+    few = torch.zeros_like(data.masks)
+    few[:6] = data.masks[:6]
+    some = replace(data, masks=few)
+    assert len(some.with_objects) == 6
+    for left in (True, False):
+        found = background_reliance(Half(left), some)
+        assert found == pytest.approx(background_reliance(Half(left), data.subset(range(6))), nan_ok=True)
+    none = background_reliance(Half(True), replace(data, masks=torch.zeros_like(few)))
+    assert all(math.isnan(value) for value in none.values())
+
+
+def test_without_a_training_image_with_an_object_no_threshold_is_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    data = halves()
+    bare = replace(data, masks=None)
+    for train in (bare, data.subset([]), replace(data, masks=torch.zeros_like(data.masks))):
+        found = object_scores(Half(True), data, train)
+        assert all(math.isnan(found[name]) for name in ("box_accuracy", "box_overlap", "box_threshold"))
+        assert found["max_box_accuracy"] == 1
+    assert "no training image of custom has a known object to choose a threshold on: no box_accuracy" in caplog.text
+    metrics, _ = measure(build("cnn_small", 1, 2, 8), data, train=bare)
+    assert "box_accuracy" not in metrics and "max_box_accuracy" in metrics
 
 
 def test_a_run_is_measured_with_them() -> None:

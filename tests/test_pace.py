@@ -54,6 +54,12 @@ def test_the_slower_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow.gpu == 0 and slow.memory > 1e8
 
 
+def test_batches_are_small_only_against_those_of_the_run() -> None:
+    run = Run.of(data="digits", batch_size=256)
+    assert "in place of" not in str(Pace(run, 54, "at hand", 5.0, 1.0, 4.0, 54, 0, 0))  # there are no more images
+    assert "in batches of 32 in place of 54" in str(Pace(run, 54, "at hand", 5.0, 1.0, 4.0, 32, 0, 0))
+
+
 def test_what_is_said() -> None:
     run = Run.of(data="digits", batch_size=256, epochs=90, removed=0.1, model="resnet18")
     pace = Pace(

@@ -134,6 +134,11 @@ def test_prices_are_those_of_runs_of_the_same_size_here(tmp_path: Path, monkeypa
     write(store, run.but(evaluate_on="test"), **{**here, "session_seconds": 58.0})
     prices.update()
     assert prices.seconds(run.but(evaluate_on="test")) == pytest.approx(4 * 2.0 + 50.0)
+    tuned = run.but(evaluate_on="test", tuning_epochs=5)
+    assert prices.seconds(tuned) == pytest.approx(4 * 2.0 + (6 + 5) * 2.0)  # what one took without says nothing of it
+    write(store, tuned, **{**here, "session_seconds": 99.0})
+    prices.update()
+    assert prices.seconds(tuned) == pytest.approx(4 * 2.0 + 91.0)
     store.checkpoint(run).parent.mkdir()
     monkeypatch.setattr(rehearsal, "epochs_done", lambda path: {store.checkpoint(run): 3}[path])
     store.checkpoint(run).touch()

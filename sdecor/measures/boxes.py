@@ -32,10 +32,11 @@ def map_boxes(saliency: Tensor, thresholds: Sequence[float] = THRESHOLDS, *, blu
     Source: Zhou et al. 2016, arXiv:1512.04150, for class activation maps, at a threshold of 0.2.
     """
     for threshold in thresholds:
+        Between(0, ends=False).check("thresholds", threshold)
         Between(0, 1).check("thresholds", threshold)
-    flat = non_negative(saliency)
-    maps = flat.view(saliency.shape).cpu().numpy()
+    maps = non_negative(saliency).double().view(saliency.shape).cpu().numpy()
     sigma = maps.shape[1] / 16 if blur is None else blur
+    Between(0).check("blur", sigma)
     out = np.zeros((len(maps), len(thresholds), 4), np.int64)
     for i, one in enumerate(maps):
         smooth = ndimage.gaussian_filter(one, sigma, mode="nearest") if sigma else one
@@ -53,7 +54,7 @@ def _largest(marked: np.ndarray) -> tuple[int, int, int, int]:
 def mask_boxes(mask: Tensor) -> list[Tensor]:
     """Boxes (n, 4) int64 around the connected parts of each mask (B, H, W); none where it is empty.
 
-    Objects whose boxes overlap have one in common.
+    Objects that overlap or touch, at a corner too, are one part: they have one box in common.
     """
     parts = [
         ndimage.find_objects(ndimage.label(one, _BESIDE)[0])
@@ -64,7 +65,7 @@ def mask_boxes(mask: Tensor) -> list[Tensor]:
 
 
 def box_overlap(saliency: Tensor, mask: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
-    """Intersection over union of each map's box and the box of the object, the best if there are several, (B, T).
+    """Intersection over union of each map's box and the box of the object, the best of those of `mask_boxes`, (B, T).
 
     It is float64 in [0, 1], for each of the `thresholds` of `map_boxes`, and NaN for an empty mask or a map of zeros.
     """
@@ -89,9 +90,18 @@ def box_fits(test: Tensor, train: Tensor, thresholds: Sequence[float] = THRESHOL
     The threshold is the best one on the training images: where most of them overlap by at least 0.5. By name, (N,)
     float64, NaN where there is no overlap: ``box_accuracy``, 1 where a test image does so at that threshold, else 0;
     ``box_overlap`` at it; and ``max_box_accuracy``, at the threshold that is best on the test images themselves, and so
-    a little too high. Source: Choe et al. 2020, arXiv:2001.07437.
+    a little too high. Without any overlap on training images, the threshold and what depends on it are NaN.
+    Source: Choe et al. 2020, arXiv:2001.07437.
     """
+    for name, of in (("test", test), ("train", train)):
+        if of.ndim != 2 or of.shape[1] != len(thresholds):
+            raise ValueError(
+                f"{name} must have shape (N, {len(thresholds)}), as there are thresholds, got {tuple(of.shape)}"
+            )
     hits, there = ((of >= OVERLAP).double().masked_fill(of.isnan(), math.nan) for of in (test, train))
     best, highest = (int(of.nanmean(0).nan_to_num(-1).argmax()) for of in (there, hits))
     fits = {"box_accuracy": hits[:, best], "max_box_accuracy": hits[:, highest], "box_overlap": test[:, best]}
+    if there.isnan().all():
+        none = torch.full_like(hits[:, 0], math.nan)
+        return {**fits, "box_accuracy": none, "box_overlap": none}, math.nan
     return fits, float(thresholds[best])

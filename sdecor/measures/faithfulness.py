@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdecor.masking import impute, replacement
+from sdecor.masking import cells, impute, replacement
 from sdecor.measures._checks import INSIDE, require_finite, require_images
 from sdecor.measures.case import measure, quantity
 from sdecor.registers import FILLS, Between, OneOf
@@ -64,6 +64,7 @@ def perturbation_curve(
     insert: bool = False,
     fractions: Sequence[float] = STEPS,
     patch: int = 1,
+    grid: int | None = None,
     output: str = "probability",
     batch_size: int = 256,
     generator: torch.Generator | None = None,
@@ -72,15 +73,17 @@ def perturbation_curve(
 
     The `order` is that of the `"most"` or `"least"` salient pixels first, or `"random"`; with `own_order` each image
     has a random order of its own. With `insert`, pixels of the replaced image are put back instead. The `fractions`, in
-    [0, 1], are rounded to a whole number of pixels, or of square patches of side `patch`, ranked by their mean.
+    [0, 1], are rounded to a whole number of pixels, or of patches, ranked by their mean: squares of side `patch`, or
+    those of a `grid` of so many by so many, which are as even as `sdecor.masking.cells` can make them.
     Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820 (arXiv:1509.06321).
     """
     _check(images, target, attribution, batch_size)
     for fraction in fractions:
         Between(0, 1).check("fractions", fraction)
     new = _fill(images, fill, fill_value, generator)
-    ranks = _ranks(attribution.to(images.device), order, own_order, patch, generator, batch_size)
-    count = images.shape[2:].numel() // patch**2
+    size = _patches(images, patch, grid)
+    ranks = _ranks(attribution.to(images.device), order, own_order, size, generator, batch_size)
+    count = math.prod(size)
     spans = [(k, count) if insert else (0, k) for k in (round(f * count) for f in fractions)]
     return _outputs(model, images, target, ranks, spans, new, output, batch_size)
 
@@ -109,7 +112,7 @@ def curves(
     kept = {f: (k, count) if k < count else (0, 0) for f, (_, k) in removed.items()}
     spans = list(dict.fromkeys([*removed.values(), *kept.values()]))
     new = _fill(images, fill, fill_value, generator)
-    ranks = _ranks(saliency.to(images.device), "most", False, 1, generator, batch_size)
+    ranks = _ranks(saliency.to(images.device), "most", False, _patches(images), generator, batch_size)
     values = _outputs(model, images, target, ranks, spans, new, "probability", batch_size)
 
     def at(of: dict[float, tuple[int, int]], fractions: Sequence[float]) -> Tensor:
@@ -297,21 +300,40 @@ def _places(score: Tensor, order: str, shuffle: Tensor) -> Tensor:
     return torch.empty_like(shuffle).scatter_(1, shuffle, torch.arange(score.shape[1]).to(shuffle).expand_as(shuffle))
 
 
-def _ranks(
-    score: Tensor, order: str, own_order: bool, patch: int, generator: torch.Generator | None, batch_size: int
-) -> Tensor:
-    """Places (1, B, 1, H, W) as `_outputs` takes them, of whole patches."""
-    height, width = score.shape[1:]
+def _patches(images: Tensor, patch: int = 1, grid: int | None = None) -> tuple[int, int]:
+    """How many patches there are along the height and along the width."""
+    height, width = images.shape[2:]
+    if grid is not None:
+        Between(1, min(height, width)).check("grid", grid)
+        return grid, grid
     if patch < 1 or height % patch or width % patch:
         raise ValueError(f"patch={patch} does not divide images of {height} x {width} pixels")
-    size = (height // patch, width // patch)
+    return height // patch, width // patch
+
+
+def _ranks(
+    score: Tensor,
+    order: str,
+    own_order: bool,
+    size: tuple[int, int],
+    generator: torch.Generator | None,
+    batch_size: int,
+) -> Tensor:
+    """Places (1, B, 1, H, W) as `_outputs` takes them, of whole patches, `size` of them along each axis."""
+    of = [cells(pixels, count, score.device) for pixels, count in zip(score.shape[1:], size, strict=True)]
+    single = score.shape[1:] == size
+    rows, columns = (F.one_hot(at).double() / at.bincount() for at in of)
+
+    def means(some: Tensor) -> Tensor:
+        return (some if single else rows.mT @ some @ columns).flatten(1)
+
     draws = _uniform((len(score) if own_order else 1, math.prod(size)), generator, score.device)
     places = [
-        _places(F.avg_pool2d(some.double()[:, None], patch).flatten(1), order, shuffle.argsort(1).expand(len(some), -1))
+        _places(means(some.double()), order, shuffle.argsort(1).expand(len(some), -1))
         for some, shuffle in zip(score.split(batch_size), draws.expand(len(score), -1).split(batch_size), strict=True)
     ]
     ranks = torch.cat(places).view(1, -1, 1, *size)
-    return ranks.repeat_interleave(patch, 3).repeat_interleave(patch, 4) if patch > 1 else ranks
+    return ranks if single else ranks[..., of[0], :][..., of[1]]
 
 
 def _fill(images: Tensor, fill: str | Tensor, value: float, generator: torch.Generator | None) -> Fill:

@@ -131,6 +131,7 @@ def centre_spot(images: Tensor, *, width: float = 0.25) -> Tensor:
     A control that knows neither the model nor the image.
     """
     require_images(images)
+    Between(0, ends=False).check("width", width)
     height, across = images.shape[2:]
     rows, columns = (torch.arange(n, dtype=images.dtype, device=images.device) - (n - 1) / 2 for n in (height, across))
     spot = torch.exp(-(rows[:, None].square() + columns.square()) / (2 * (width * height) ** 2))
