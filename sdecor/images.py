@@ -33,7 +33,7 @@ from sdecor.processes import drawn, mine
 from sdecor.registers import DATASETS, Between, OneOf
 
 
-class Marks(Protocol):
+class _Marks(Protocol):
     """Where the objects of image files lie, as far as that is known: see `sdecor.objects.Objects`."""
 
     def __contains__(self, file: str) -> bool: ...
@@ -499,7 +499,7 @@ def decode_all(paths: Sequence[str], size: int, small: dict[str, int] | None = N
 
 
 def decode_with_masks(
-    paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: Marks | None = None
+    paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: _Marks | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `decode_all`, and the pixels of the `objects`, bool (N, size, size): see `sdecor.objects`."""
     images, masks = _decode(paths, size, small, objects)
@@ -508,7 +508,7 @@ def decode_with_masks(
 
 
 def _decode(
-    paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: Marks | None = None
+    paths: Sequence[str], size: int, small: dict[str, int] | None = None, objects: _Marks | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Images (N, size, size, 3), and masks; a thread per core, one if this is one of several processes that decode."""
     out = np.empty((len(paths), size, size, 3), np.uint8)
@@ -542,7 +542,7 @@ class _Decoder:
 
     root: str
     size: int
-    objects: Marks | None
+    objects: _Marks | None
     removed: tuple[Bits, ...]
     colour: tuple[int, ...]
 
@@ -585,7 +585,7 @@ class ImageStream(_Images):
     workers: int = 0
     device: torch.device = _CPU
     root: str = ""
-    objects: Marks | None = None
+    objects: _Marks | None = None
     removed: tuple[tuple[Bits, Tensor], ...] = ()
 
     @property
