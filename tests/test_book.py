@@ -111,6 +111,14 @@ def test_what_stands_in_running_text_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
+def test_no_page_shows_a_warning_of_python(source: Path) -> None:
+    """Which would name files of the machine; what the module has to say is no such warning."""
+    cells = json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    said = ["".join(o["text"]) for c in cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+    assert [text for text in said if re.search(r"\w+Warning: |\.py:\d+", text)] == []
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
 def test_figures_are_kept_light(source: Path) -> None:
     pytest.importorskip("papermill", reason="needs the packages of the extra 'book'")
     from sdecor_book.execute import light

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 from sdecor import report
@@ -51,6 +53,12 @@ def test_scores_have_the_interval_of_their_mean() -> None:
         "one": {"accuracy, %": "25.0", "mass": "–"},
         "none": {"accuracy, %": "–", "mass": "–"},
     }
+    held = np.array([0.5, 0.7, 0.9])
+    held.flags.writeable = False  # as pandas gives them; torch would warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in (held, torch.tensor([0.5, 0.7, 0.9])):
+            assert report.score_table({"noise": {"accuracy": values}}, COLUMNS).equals(found.loc[["noise"]])
 
 
 @pytest.fixture

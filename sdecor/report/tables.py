@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from sdecor.measures.statistics import Values, holm, paired_difference, paired_test, summary
 from sdecor.report.frames import Columns, differing, frame, headings, wide
@@ -57,7 +59,8 @@ def score_table(scores: Mapping[str, Mapping[str, Values]], columns: Columns) ->
     out: dict[str, dict[str, str]] = {name: {} for name in scores}
     for measure, (heading, factor, digits) in headings(columns).items():
         for name, given in scores.items():
-            values = torch.as_tensor(given.get(measure, ()), dtype=torch.float64)
+            values = given.get(measure, ())
+            values = torch.as_tensor(values if isinstance(values, Tensor) else np.array(values), dtype=torch.float64)
             out[name][heading] = DASH
             if len(values := factor * values[~values.isnan()]):
                 mean, low, high = paired_difference(values, torch.zeros_like(values))
