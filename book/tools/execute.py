@@ -199,7 +199,7 @@ def light(svg: str) -> str:
 def _by_palette(png: str) -> str:
     """The same picture, in base64; with at most 256 colours, all opaque, as their numbers in a palette."""
     image = Image.open(io.BytesIO(base64.b64decode(png)))
-    if image.mode != "RGBA" or image.getcolors(256) is None or image.getextrema()[3] != (255, 255):
+    if image.mode != "RGBA" or image.getcolors(256) is None or image.getchannel("A").getextrema() != (255, 255):
         return png
     colours, number = np.unique(np.asarray(image)[..., :3].reshape(-1, 3), axis=0, return_inverse=True)
     plain = Image.fromarray(number.reshape(image.height, image.width).astype(np.uint8), "P")
