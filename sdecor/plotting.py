@@ -110,6 +110,36 @@ def frames(ax: Axes, boxes: Any, colour: str, width: float = 2) -> None:
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width))
 
 
+def framed(images: Any, boxes: Sequence[Any], titles: Sequence[str], *, colour: str = "red") -> Figure:
+    """Images (B, C, H, W) in [0, 1], five in a row, with a title and the `frames` of its boxes each."""
+    figure, axes = plt.subplots(-(-len(images) // 5), 5, figsize=(8.5, 2 * -(-len(images) // 5)), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, found, title in zip(axes.flat, images, boxes, titles, strict=False):
+        ax.imshow(image.movedim(0, -1), interpolation="none")
+        ax.set_title(title)
+        frames(ax, found, colour)
+    return figure
+
+
+def box_steps(image: Tensor, saliency: Tensor, smooth: Tensor, threshold: float, known: Any, drawn: Any) -> Figure:
+    """From the map (H, W) of an image (C, H, W) in [0, 1] to its box, by what `sdecor.measures.boxes` makes of it.
+
+    That is the map blurred, `smooth`, and its box, `drawn`, at a threshold. It is framed in blue, `known` boxes in red.
+    """
+    panels = {"photograph": image.movedim(0, -1), "map": saliency, "blurred": smooth}
+    panels[f"above {threshold:g} of the maximum"] = smooth >= threshold * smooth.max()
+    figure, axes = plt.subplots(1, 4, figsize=(8.5, 2.5))
+    for ax, (title, values) in zip(axes, panels.items(), strict=True):
+        ax.imshow(values, cmap="magma", interpolation="none")
+        ax.set_title(title, fontsize=10)
+        ax.axis("off")
+    for ax in axes[[0, 3]]:
+        frames(ax, known, "red")
+    frames(axes[3], drawn, "#56b4e9")
+    return figure
+
+
 def bands(ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], **line: Any) -> None:
     """Draw the mean of each method's curves, one a seed at positions `x`, and a band of one standard deviation.
 

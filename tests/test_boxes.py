@@ -9,8 +9,9 @@ import skimage.measure
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
-from sdecor.measures.boxes import THRESHOLDS, box_fits, box_overlap, map_boxes, mask_boxes
+from sdecor.measures.boxes import THRESHOLDS, blurred, box_fits, box_overlap, map_boxes, mask_boxes
 from sdecor.measures.localization import box_masks
 
 
@@ -89,6 +90,16 @@ def test_the_threshold_is_chosen_on_training_images() -> None:
 def test_maps_of_every_kind_have_the_boxes_of_double_precision(kind: torch.dtype) -> None:
     maps = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 5).to(kind)
     assert torch.equal(map_boxes(maps, [0.2, 0.8]), map_boxes(maps.double(), [0.2, 0.8]))
+
+
+def test_blurred_maps_are_those_that_are_cut_off() -> None:
+    maps = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    smooth = blurred(maps)
+    assert smooth.dtype == torch.float64 and torch.equal(map_boxes(smooth, [0.7], blur=0), map_boxes(maps, [0.7]))
+    torch.testing.assert_close(
+        smooth[1], torch.from_numpy(gaussian_filter(maps[1].double().numpy(), 1, mode="nearest"))
+    )
+    assert torch.equal(blurred(maps, 0), maps.double()) and blurred(maps[:0]).shape == (0, 16, 16)
 
 
 def test_without_training_overlaps_there_is_no_threshold() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
 from sdecor import plotting
+from sdecor.measures.boxes import blurred, map_boxes
 from sdecor.registers import ATTRIBUTIONS, METHODS, Method
 
 
@@ -133,6 +134,29 @@ def test_frames_surround_their_pixels() -> None:
     assert (*box.get_xy(), box.get_width(), box.get_height()) == (-0.5, 0.5, 3, 1)
     plotting.frames(ax, torch.zeros(0, 4), "red")
     assert len(ax.patches) == 1
+    plotting.plt.close()
+
+
+def test_images_are_framed_five_in_a_row() -> None:
+    found = [torch.tensor([[0, 0, 2, 2]]), torch.zeros(0, 4), *[torch.tensor([[0, 0, 1, 1], [1, 1, 2, 2]])] * 5]
+    figure = plotting.framed(torch.rand(7, 3, 4, 4), found, [f"{i}" for i in range(7)])
+    axes = figure.axes
+    assert len(axes) == 10 and [len(ax.patches) for ax in axes] == [1, 0, *[2] * 5, 0, 0, 0]
+    assert [ax.get_title() for ax in axes[:7]] == [f"{i}" for i in range(7)] and not axes[9].images
+    plotting.plt.close()
+
+
+def test_the_steps_from_a_map_to_its_box() -> None:
+    saliency = torch.zeros(16, 16)
+    saliency[4:8, 4:8] = 1
+    parts = {"smooth": blurred(saliency[None])[0], "drawn": map_boxes(saliency[None], [0.35])[0]}
+    figure = plotting.box_steps(torch.rand(3, 16, 16), saliency, threshold=0.35, known=[[4, 4, 8, 8]], **parts)
+    assert [len(ax.patches) for ax in figure.axes] == [1, 0, 0, 2]
+    cut, (known, drawn) = figure.axes[3].images[0].get_array(), figure.axes[3].patches
+    (x0, y0), width, height = drawn.get_xy(), drawn.get_width(), drawn.get_height()
+    assert np.nonzero(cut.any(0))[0].tolist() == list(range(int(x0 + 0.5), int(x0 + 0.5 + width)))
+    assert np.nonzero(cut.any(1))[0].tolist() == list(range(int(y0 + 0.5), int(y0 + 0.5 + height)))
+    assert known.get_xy() == (3.5, 3.5)
     plotting.plt.close()
 
 

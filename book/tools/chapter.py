@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import safetensors.torch
 from IPython.display import Markdown, display
 from torch import Tensor, nn
 
+from sdecor import choice, report
 from sdecor._files import locked, replace_atomically
 from sdecor.config import Run
 from sdecor.experiment import grid
@@ -22,14 +24,28 @@ from sdecor.planned import Results, results, run_plan, work
 from sdecor.prepare import data_of
 from sdecor.registers import DATASETS, Between, Option
 from sdecor.report import glue
+from sdecor.report.frames import Columns
 from sdecor.report.tables import DASH
 from sdecor.sources import data_root
 from sdecor.store import Record, Store
 
 from . import BOOK, ROOT
 
-__all__ = ["glue", "holds", "kept", "parameters", "plan", "planned", "presets", "progress", "published", "records"]
-__all__ += ["shown", "spread", "store"]
+__all__ = [
+    "choices",
+    "differences",
+    "glue",
+    "holds",
+    "kept",
+    "parameters",
+    "plan",
+    "planned",
+    "presets",
+    "progress",
+    "published",
+    "records",
+]
+__all__ += ["shown", "sizes", "spread", "store", "verdicts"]
 _SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
 #: The cross-entropy of training at its end, as `sdecor.report.frame` takes it.
 CROSS_ENTROPY = {"cross_entropy": lambda record: record.curves["loss_classification"][-1]}
@@ -234,6 +250,30 @@ def _check_test(course: Course, shelf: Store, root: str | None, classes: int) ->
     if there < classes:
         some = f"{there} class{'es' * (there != 1)}"
         raise ValueError(f"the test images of {run.data.name} are of {some}, and this chapter needs {classes}")
+
+
+def choices(sizes: Mapping[str, Results]) -> None:
+    """Show the trials of a plan, and what was chosen, by preset."""
+    for size, found in sizes.items():
+        display(Markdown(f"Preset `{size}`:"))
+        with pd.option_context("display.max_rows", None):
+            display(choice.table(found.trials, found.chosen, found.course.labels))
+
+
+def differences(sizes: Mapping[str, pd.DataFrame], columns: Columns, quoted: Collection[str]) -> None:
+    """Show differences to standard training, by preset, and glue those of the `quoted` arms as ``PRESET_NAME_...``."""
+    for size, found in sizes.items():
+        report.glue_differences(found.assign(name=f"{size}_" + found["name"])[found["name"].isin(quoted)])
+        display(Markdown(f"Preset `{size}`: difference to standard training, with its 95 % interval"))
+        display(report.difference_table(found, columns))
+
+
+def verdicts(sizes: Mapping[str, pd.DataFrame]) -> None:
+    """Show verdicts, by preset, and glue their differences as ``PRESET-CLAIM_...``."""
+    for size, found in sizes.items():
+        report.glue_differences(found.assign(name=f"{size}-" + found["name"].str.replace(" ", "-")))
+        display(Markdown(f"Preset `{size}`:"))
+        display(report.verdict_table(found))
 
 
 def progress(found: Results, shelf: Store) -> str:

@@ -34,15 +34,20 @@ def map_boxes(saliency: Tensor, thresholds: Sequence[float] = THRESHOLDS, *, blu
     for threshold in thresholds:
         Between(0, ends=False).check("thresholds", threshold)
         Between(0, 1).check("thresholds", threshold)
-    maps = non_negative(saliency).double().view(saliency.shape).cpu().numpy()
-    sigma = maps.shape[1] / 16 if blur is None else blur
-    Between(0).check("blur", sigma)
-    out = np.zeros((len(maps), len(thresholds), 4), np.int64)
-    for i, one in enumerate(maps):
-        smooth = ndimage.gaussian_filter(one, sigma, mode="nearest") if sigma else one
+    out = np.zeros((len(saliency), len(thresholds), 4), np.int64)
+    for i, smooth in enumerate(blurred(saliency, blur).numpy()):
         if (peak := smooth.max()) > 0:
             out[i] = [_largest(smooth >= threshold * peak) for threshold in thresholds]
     return torch.from_numpy(out)
+
+
+def blurred(saliency: Tensor, blur: float | None = None) -> Tensor:
+    """The maps as `map_boxes` cuts them off, (B, H, W) float64 on the CPU."""
+    maps = non_negative(saliency).double().view(saliency.shape).cpu()
+    sigma = maps.shape[1] / 16 if blur is None else blur
+    Between(0).check("blur", sigma)
+    smooth = [torch.from_numpy(ndimage.gaussian_filter(one.numpy(), sigma, mode="nearest")) for one in maps]
+    return torch.stack(smooth) if sigma and smooth else maps
 
 
 def _largest(marked: np.ndarray) -> tuple[int, int, int, int]:
