@@ -102,7 +102,7 @@ def whitened_classification(
 
 @term(label="cross-entropy on images with holes (nats)", source="arXiv:1704.04811", gradient=False)
 def deleted_classification(step: Step) -> Tensor:
-    """Cross-entropy on images of which random square patches are deleted: they become 0, the mean colour.
+    """Cross-entropy on images of which random patches are deleted: they become 0, the mean colour.
 
     The patches are those of `patch_grid`; each is deleted with a probability that is drawn for every image, uniform in
     [0, 1] (ours; one half in Singh and Lee 2017). Batch norm averages over these images, since there is no other pass.
