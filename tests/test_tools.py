@@ -29,6 +29,7 @@ from PIL import Image
 import sdecor
 from sdecor import report
 from sdecor.config import Run
+from sdecor.images import ImageData
 from sdecor.models import build
 from sdecor.plan import Course, Plan
 from sdecor.planned import Results
@@ -330,12 +331,19 @@ def test_presets_of_a_plan_are_those_of_its_chapter() -> None:
     assert list(chapter.presets(plan)) == ["published", *plan.presets]
 
 
-def test_what_is_kept_of_a_network_needs_no_weights(tmp_path: Path) -> None:
-    run, shelf, seen = Run.of(data="mnist"), Store(tmp_path), []
+def finished(shelf: Store) -> Record:
+    """The record of a run that was never trained, with its weights and an exhibit."""
+    run = Run.of(data="mnist")
     weights = safetensors.torch.save(build(run.model.name, 1, 10, 28).state_dict())
     shape = {"channels": 1, "num_classes": 10, "image_size": 28}
     record = Record(run, {}, {}, shape, {}, hashlib.sha256(weights).hexdigest())
     shelf.write(record, weights, {"saliency": torch.zeros(1, 2, 2)})
+    return record
+
+
+def test_what_is_kept_of_a_network_needs_no_weights(tmp_path: Path) -> None:
+    shelf, seen = Store(tmp_path), []
+    run = (record := finished(shelf)).run
 
     def make(model: torch.nn.Module) -> dict[str, Any]:
         seen.append(model.training)
@@ -357,6 +365,23 @@ def test_what_is_kept_of_a_network_needs_no_weights(tmp_path: Path) -> None:
     shelf.path("tables", run, ".json").write_text("{")
     with pytest.raises(ValueError, match=r"\.json is not readable \(.*\); delete it to make it again$"):
         chapter.kept("one", run, shelf, make)
+
+
+def test_a_grid_is_told_from_what_maps_show(tmp_path: Path) -> None:
+    """Of a linear network the map is its weights: here the same in every picture, and larger where both are odd."""
+    shelf = Store(tmp_path)
+    kinds = torch.ones(1, 8, 8)
+    kinds[:, 1::2, 1::2] = 4
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.arange(1.0, 11)[:, None] * kinds.flatten())
+    data = ImageData.from_tensors(torch.rand(6, 1, 8, 8), torch.arange(6))
+    maps = chapter.every_map(data)(net)
+    assert torch.allclose(maps / maps[:, :1, :1], kinds.expand(6, 8, 8))
+    record = finished(shelf)
+    found = {name: of(record) for name, of in chapter.of_grid(shelf, lambda _: maps).items()}
+    assert found == pytest.approx({"pixels": 3 / 4 - 3 / 7, "within": 0, "seen": 4 / 7}, abs=1e-6)
+    assert found.keys() == chapter.GRID.keys()
 
 
 def test_glue_is_that_of_the_report() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import safetensors.torch
+import torch
 from IPython.display import Markdown, display
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from sdecor import choice, report
 from sdecor._files import locked, replace_atomically
 from sdecor.config import Run
 from sdecor.experiment import grid
+from sdecor.images import ImageData, ImageStream
+from sdecor.measures import sharpness
 from sdecor.measures.statistics import summary
 from sdecor.plan import Course, Plan
 from sdecor.planned import Results, results, run_plan, work
@@ -26,6 +29,7 @@ from sdecor.registers import DATASETS, Between, Option
 from sdecor.report import glue
 from sdecor.report.frames import Columns
 from sdecor.report.tables import DASH
+from sdecor.saliency import logits_and_gradient, pixel_score
 from sdecor.sources import data_root
 from sdecor.store import Record, Store
 
@@ -34,9 +38,11 @@ from . import BOOK, ROOT
 __all__ = [
     "choices",
     "differences",
+    "every_map",
     "glue",
     "holds",
     "kept",
+    "of_grid",
     "parameters",
     "plan",
     "planned",
@@ -49,6 +55,8 @@ __all__ += ["shown", "sizes", "spread", "store", "verdicts"]
 _SHELL = {"In", "Out", "get_ipython", "exit", "quit", "open"}
 #: The cross-entropy of training at its end, as `sdecor.report.frame` takes it.
 CROSS_ENTROPY = {"cross_entropy": lambda record: record.curves["loss_classification"][-1]}
+#: What `of_grid` gives, as columns of a table.
+GRID = {"pixels": ("Gini of pixels", 1, 3), "within": ("Gini within a kind", 1, 3), "seen": ("share on one kind", 1, 3)}
 _HOW = {"retrain", "workers", "device", "data_root"}  # they decide how, and not what, is run
 _READ = "no network is trained here, all are read from records"
 _OTHER = (
@@ -382,3 +390,34 @@ def kept(name: str, run: Run, shelf: Store, make: Callable[[nn.Module], Mapping[
     answer = found()
     assert answer is not None
     return answer
+
+
+def of_grid(shelf: Store, maps_of: Callable[[nn.Module], Tensor]) -> dict[str, Callable[[Record], float]]:
+    """What a grid of two by two pixels takes of maps, kept of each run, as metrics for `sdecor.report.frame`.
+
+    Args:
+        shelf: Where the runs lie.
+        maps_of: From a network to maps (B, H, W).
+
+    Returns:
+        ``pixels``, the Gini index, ``within``, its mean over the four kinds of pixels, and ``seen``, the share on those
+        whose row and column are odd, which a convolution of width three and stride two sees by four windows.
+    """
+
+    def numbers(net: nn.Module) -> dict[str, Tensor]:
+        maps = maps_of(net)
+        seen = maps[:, 1::2, 1::2].sum((1, 2)) / maps.sum((1, 2))
+        indices = {"pixels": sharpness.gini(maps), "within": sharpness.sublattice_gini(maps), "seen": seen}
+        return {name: values.nanmean() for name, values in indices.items()}
+
+    return {n: lambda r, n=n: kept("grid", r.run, shelf, numbers)[n] for n in GRID}
+
+
+def every_map(data: ImageData | ImageStream) -> Callable[[nn.Module], Tensor]:
+    """From a network to the magnitudes of its gradients of the predicted class, (N, H, W), for all images of `data`."""
+
+    def maps(net: nn.Module) -> Tensor:
+        batches = (logits_and_gradient(net, x)[1] for x, _ in data.batches(data.pass_size))
+        return torch.cat([pixel_score(gradient) for gradient in batches])
+
+    return maps
