@@ -19,7 +19,7 @@ REPORTS = [p for p in CHAPTERS if p in EXPERIMENTS or "\n## What came out\n" in 
 # records and weights.
 TRAINING = {"build/objective", "build/training", "build/whitening", "why/masks"}
 # Numbers that name something and measure nothing.
-NAMED = r"(?:Fig\. \d+|Gini index of 1|, 0 is|tenth|5 %|95 %|CIFAR-10|ResNet-18)"
+NAMED = r"(?:Fig\. \d+|Gini index of 1|, 0 is|tenth|5 %|95 %|CIFAR-10|Caltech-101|ResNet-18)"
 
 
 def prose(source: str) -> str:
