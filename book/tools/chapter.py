@@ -393,7 +393,7 @@ def kept(name: str, run: Run, shelf: Store, make: Callable[[nn.Module], Mapping[
 
 
 def of_grid(shelf: Store, maps_of: Callable[[nn.Module], Tensor]) -> dict[str, Callable[[Record], float]]:
-    """What a grid of two by two pixels takes of maps, kept of each run, as metrics for `sdecor.report.frame`.
+    """What a grid of two by two pixels takes of maps, kept of each run, as metrics for ``sdecor.report.frame``.
 
     Args:
         shelf: Where the runs lie.
