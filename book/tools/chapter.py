@@ -410,7 +410,10 @@ def of_grid(shelf: Store, maps_of: Callable[[nn.Module], Tensor]) -> dict[str, C
         indices = {"pixels": sharpness.gini(maps), "within": sharpness.sublattice_gini(maps), "seen": seen}
         return {name: values.nanmean() for name, values in indices.items()}
 
-    return {n: lambda r, n=n: kept("grid", r.run, shelf, numbers)[n] for n in GRID}
+    def of(name: str) -> Callable[[Record], float]:
+        return lambda record: float(kept("grid", record.run, shelf, numbers)[name])
+
+    return {name: of(name) for name in GRID}
 
 
 def every_map(data: ImageData | ImageStream) -> Callable[[nn.Module], Tensor]:
